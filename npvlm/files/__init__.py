@@ -1,0 +1,1 @@
+"""What comes from disk: weights, tokenizer, pictures. Each file is checked before it is used."""

@@ -1,0 +1,252 @@
+"""Weights from safetensors files, mapped into memory and never copied.
+
+The safetensors library checks each file's layout (holes, overlaps, truncation); then the places of
+the tensors are read from the same header, and each weight is a read-only view of the mapped file.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from npvlm.config import Config, read_json
+from npvlm.errors import NpvlmError
+from npvlm.files.names import EMBED_TOKENS, LM_HEAD, Shapes, canonical_name, expected_shapes
+from npvlm.model.weights import BFloat16, Weight
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_OTHER_FORMATS = (
+    "*.bin",
+    "*.npz",
+    "*.gguf",
+    "*.sbs",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+)
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where one tensor lies: its file's bytes, its place in them and what they mean."""
+
+    file: Path
+    name: str
+    data: NDArray[np.uint8]
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def weight(self) -> Weight:
+        """View the stored bytes as a weight; they need not be aligned."""
+        dtype = np.dtype(_DTYPES[self.dtype])
+        values: NDArray[np.generic] = np.ndarray(self.shape, dtype, self.data, self.offset)
+        return BFloat16(values) if self.dtype == "BF16" else values  # type: ignore[arg-type]
+
+
+def open_checkpoint(folder: Path, config: Config) -> dict[str, Weight]:
+    """Map a folder's weights into memory under their published names.
+
+    No weight is read, copied or widened here, so a checkpoint of any size opens at once. An
+    output layer in the file is used as it is; without one, the embedding table serves.
+
+    Parameters
+    ----------
+    folder : Path
+        Holds model.safetensors, or model.safetensors.index.json and the files that it names.
+    config : Config
+        Says which tensors there must be, and their shapes.
+
+    Returns
+    -------
+    dict of str to array or BFloat16
+        Read-only views: float32 and float16 as arrays, bfloat16 as its bits.
+
+    Raises
+    ------
+    NpvlmError
+        No checkpoint, a damaged file, or tensors that do not fit the config: all named at once.
+    """
+    stored: dict[str, _Stored] = {}
+    for file in _files(folder):
+        for tensor in _read_header(file):
+            name = canonical_name(tensor.name)
+            if name.endswith(".position_ids"):  # a constant 0, 1, 2, ... that old releases saved
+                continue
+            if name in stored:
+                raise _twice(stored[name], tensor)
+            stored[name] = tensor
+
+    expected = expected_shapes(config)
+    if config.text_config.tie_word_embeddings and LM_HEAD in stored:
+        # Tied by name, yet there: the same numbers again, the only copy, or a head trained apart.
+        if EMBED_TOKENS in stored:
+            expected[LM_HEAD] = expected[EMBED_TOKENS]
+        else:
+            stored[EMBED_TOKENS] = stored.pop(LM_HEAD)
+    _check(folder, stored, expected, config)
+    return {name: stored[name].weight() for name in expected}
+
+
+def _files(folder: Path) -> list[Path]:
+    """Find the safetensors files of a checkpoint folder."""
+    if not folder.is_dir():
+        found = "a file" if folder.exists() else "not there"
+        raise NpvlmError(f"{folder} is {found}, expected a folder with {_SINGLE}")
+    if (folder / _SINGLE).exists() or (folder / _SINGLE).is_symlink():
+        return [folder / _SINGLE]
+    if (folder / _INDEX).exists():
+        return _shards(folder / _INDEX)
+    if (folder / "adapter_model.safetensors").exists():
+        raise NpvlmError(
+            f"{folder} holds an adapter, expected a whole model; merge it into its base model first"
+        )
+    others = sorted({file.name for kind in _OTHER_FORMATS for file in folder.glob(kind)})
+    if others:
+        raise NpvlmError(
+            f"{folder} has {_listed(others, 3)} and no {_SINGLE}; npvlm reads safetensors only: "
+            "fetch the model's safetensors files, or save it again with transformers"
+        )
+    raise NpvlmError(f"{folder} has neither {_SINGLE} nor {_INDEX}; copy the weights into it")
+
+
+def _shards(index: Path) -> list[Path]:
+    """List the files that an index names, each a plain name inside the index's own folder.
+
+    The name is what is checked. A shard may be a symbolic link, as it is in the cache that the
+    hub's own downloader fills; such links are followed.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise NpvlmError(f"{index} has no weight_map, which says the file of each tensor")
+    shards = []
+    for shard in dict.fromkeys(map(json.dumps, weight_map.values())):
+        name = json.loads(shard)
+        if not isinstance(name, str) or not name.endswith(".safetensors") or not _is_plain(name):
+            raise NpvlmError(
+                f"{index} names the file {shard[:80]}, "
+                "expected the plain name of a .safetensors file in the same folder"
+            )
+        shards.append(index.parent / name)
+    missing = [file.name for file in shards if not file.exists()]
+    if missing:
+        raise NpvlmError(
+            f"{index} names {len(shards)} files and {len(missing)} of them are missing: "
+            f"{_listed(missing)}; copy them into {index.parent}"
+        )
+    return shards
+
+
+def _is_plain(name: str) -> bool:
+    """Tell whether a name can only mean a file in the folder at hand, on any system."""
+    return not any(c in "/\\:" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
+
+
+def _read_header(file: Path) -> list[_Stored]:
+    """Let safetensors check a file, then say where its tensors lie."""
+    if not file.is_file():
+        raise NpvlmError(f"{file} is no regular file; copy the checkpoint again")
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        data = np.memmap(file, dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise NpvlmError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, struct.error) as error:
+        raise NpvlmError(
+            f"{file} is no whole safetensors file ({_one_line(error)}); copy it again"
+        ) from None
+    header.pop("__metadata__", None)
+    return [
+        _Stored(
+            file=file,
+            name=name,
+            data=data,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            offset=8 + length + entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    ]
+
+
+def _check(folder: Path, stored: dict[str, _Stored], expected: Shapes, config: Config) -> None:
+    """Hold the tensors that are there against those that must be, in one message."""
+    missing = [name for name in expected if name not in stored]
+    unexpected = [stored[name].name for name in stored if name not in expected]
+    there = [name for name in expected if name in stored]
+    misshapen = [name for name in there if stored[name].shape != expected[name]]
+    unread = [name for name in there if stored[name].dtype not in _DTYPES]
+
+    shapes = [f"{n} is {list(stored[n].shape)}, expected {list(expected[n])}" for n in misshapen]
+    types = [f"{n} is {stored[n].dtype}, expected F32, F16 or BF16" for n in unread]
+    faults = [
+        f"{len(names)} {what} ({_listed(names)})"
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+            ("of another type", types),
+        )
+        if names
+    ]
+    if faults:
+        hint = _hint(missing, unexpected, stored, expected, config)
+        raise NpvlmError(f"{folder}: tensors do not fit config.json: {'; '.join(faults)}; {hint}")
+
+
+def _hint(
+    missing: list[str],
+    unexpected: list[str],
+    stored: dict[str, _Stored],
+    expected: Shapes,
+    config: Config,
+) -> str:
+    """Guess what went wrong, or say what to do when there is nothing to guess."""
+    family = 2 if config.text_config.model_type == "gemma2" else 1
+    norm = "pre_feedforward_layernorm.weight"
+    if family == 1 and any(name.endswith(norm) for name in unexpected):
+        return "is this a PaliGemma 2 checkpoint with the config.json of a PaliGemma 1?"
+    if family == 2 and any(name.endswith(norm) for name in missing):
+        return "is this a PaliGemma 1 checkpoint with the config.json of a PaliGemma 2?"
+    if any(part in name for name in unexpected for part in ("lora_", "base_layer")):
+        return "these are the weights of an adapter: merge it into its base model first"
+    if any(name.endswith((".SCB", ".absmax", "_scale", ".qweight")) for name in unexpected):
+        return "the weights are packed: take the float32, float16 or bfloat16 files"
+    table = "vision_tower.vision_model.embeddings.position_embedding.weight"
+    if table in stored and stored[table].shape != expected[table]:
+        return "was the model made for pictures of another size than image_size says?"
+    return "do config.json and the weights come from the same model?"
+
+
+def _twice(first: _Stored, second: _Stored) -> NpvlmError:
+    """Refuse a tensor that is there twice: which of the two counts is anyone's guess."""
+    here = f"{first.name} in {first.file}"
+    there = f"{second.name} in {second.file.name}"
+    return NpvlmError(f"{here} and {there} are the same tensor, expected one; remove the other")
+
+
+def _listed(names: Iterable[str], most: int = _LISTED) -> str:
+    """Join names, the first few of them when they are many."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -1,0 +1,42 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from npvlm.errors import NpvlmError
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG: first beside its place under another name, then moved there in one step.
+
+    Raises
+    ------
+    NpvlmError
+        Where it cannot be written; nothing is left behind then.
+    """
+    draft = None
+    try:
+        handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            picture.save(file, "PNG")
+        Path(draft).chmod(0o666 & ~_umask())
+        Path(draft).replace(path)
+        draft = None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise NpvlmError(f"{path}: cannot be written ({reason}); name another place.") from error
+    finally:
+        if draft is not None:
+            Path(draft).unlink()
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

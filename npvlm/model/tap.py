@@ -1,0 +1,21 @@
+"""Listening in: a tap sees every named tensor of a run and hands it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from npvlm.model.weights import Array
+
+Tap = Callable[[str, Array], Array]
+
+
+def closed(name: str, value: Array) -> Array:
+    """A tap that lets everything through unseen."""
+    return value
+
+
+def within(tap: Tap, module: str) -> Tap:
+    """The same tap for a module's inside: names are prefixed with the module's."""
+    if tap is closed:
+        return tap
+    return lambda name, value: tap(f"{module}.{name}", value)

@@ -1,0 +1,36 @@
+"""What all tests share: the op namespaces and the two families of models."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from npvlm.config import Config
+from npvlm.model import ops as definitions
+from npvlm.model.weights import Weights
+from tests.tiny import tiny_config, tiny_weights
+
+NAMESPACES = {"definitions": definitions}
+
+
+@pytest.fixture(params=list(NAMESPACES))
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    """Every namespace of operations: model tests run under each."""
+    return NAMESPACES[request.param]
+
+
+@pytest.fixture(params=["gemma", "gemma2"])
+def config(request: pytest.FixtureRequest) -> Config:
+    return tiny_config(request.param)
+
+
+@pytest.fixture
+def weights(config: Config) -> Weights:
+    return tiny_weights(config)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)

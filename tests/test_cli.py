@@ -1,0 +1,311 @@
+"""The command line as people use it: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import npvlm
+from npvlm.work.demo import draw_picture
+
+ROOT = Path(npvlm.__file__).parents[1]
+CLI = [sys.executable, str(ROOT / "cli.py")]
+QUESTION = "answer en how many shapes?"
+
+
+def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    environment = {k: v for k, v in os.environ.items() if k != "NPVLM_MODEL"}
+    environment |= options.pop("env", {})
+    return subprocess.run(
+        [*CLI, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        timeout=120,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's picture as a file whose name has a space."""
+    path = tmp_path_factory.mktemp("pictures") / "my photo.png"
+    draw_picture().save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def other(photo: Path) -> Path:
+    """A second picture, of another shape and mode."""
+    path = photo.with_name("other.gif")
+    draw_picture().crop((20, 20, 300, 200)).convert("P").save(path)
+    return path
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    """What stderr says, if it says it in one line and without a traceback."""
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_one_picture_streams_its_answer_to_stdout_and_nothing_else(photo: Path) -> None:
+    result = run("generate", photo, "--prompt", QUESTION)
+    assert result.returncode == 0
+    assert result.stdout.strip() and result.stdout.endswith("\n")
+    assert result.stderr == ""
+
+
+def test_several_pictures_print_one_line_each_in_order(photo: Path, other: Path) -> None:
+    result = run("generate", other, photo, other, "--prompt", QUESTION)
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [path for path, _ in lines] == [str(other), str(photo), str(other)]
+    alone = run("generate", photo, "--prompt", QUESTION)
+    assert lines[1][1] == alone.stdout.strip()
+    assert lines[0] == lines[2]
+
+
+def test_json_has_every_field_and_its_numbers_read_back(photo: Path) -> None:
+    result = run("generate", photo, "--prompt", "caption en", "--json")
+    [answer] = map(json.loads, result.stdout.splitlines())
+    assert list(answer) == [
+        "image",
+        "prompt",
+        "text",
+        "token_ids",
+        "logprobs",
+        "prompt_token_ids",
+        "stop",
+        "model",
+        "seed",
+        "seconds",
+    ]
+    model = npvlm.load("shapes")
+    assert answer["image"] == str(photo)
+    assert answer["prompt"] == "caption en"
+    assert answer["model"] == "shapes"
+    assert answer["seed"] is None
+    assert list(answer["seconds"]) == ["image", "prefill", "decode"]
+    assert answer["stop"] == "eos" and answer["token_ids"][-1] in model.config.eos_token_ids
+    assert answer["text"] == model.tokenizer.decode(answer["token_ids"])
+    patches = model.config.vision_config.num_patches
+    ids = answer["prompt_token_ids"]
+    assert ids[:patches] == [model.tokenizer.image_id] * patches
+    assert ids[patches] == model.tokenizer.bos_id and ids[-1] == model.tokenizer.newline_id
+    assert ids[patches + 1 : -1] == model.tokenizer.encode("caption en")
+
+    again = model.generate(photo, "caption en")[0]
+    assert answer["logprobs"] == again.logprobs  # written so that float() gives the same number
+    assert all(logprob <= 0 for logprob in answer["logprobs"])
+    assert len(answer["logprobs"]) == len(answer["token_ids"])
+
+
+def test_together_puts_all_pictures_before_one_prompt(photo: Path, other: Path) -> None:
+    result = run("generate", photo, other, "--prompt", QUESTION, "--together", "--json")
+    [answer] = map(json.loads, result.stdout.splitlines())
+    assert answer["image"] == [str(photo), str(other)]
+    model = npvlm.load("shapes")
+    patches = model.config.vision_config.num_patches
+    assert answer["prompt_token_ids"].count(model.tokenizer.image_id) == 2 * patches
+    assert answer["token_ids"] == model.generate([[photo, other]], QUESTION)[0].token_ids
+
+
+def test_max_tokens_ends_an_answer_and_says_so(photo: Path) -> None:
+    result = run("generate", photo, "--prompt", "caption en", "--max-tokens", 2, "--json")
+    answer = json.loads(result.stdout)
+    assert answer["stop"] == "length" and len(answer["token_ids"]) == 2
+
+
+def test_a_seed_repeats_an_answer_whatever_runs_beside_it(photo: Path, other: Path) -> None:
+    options = ["--prompt", "caption en", "--temperature", 3, "--seed", 7, "--json"]
+    alone = json.loads(run("generate", photo, *options).stdout)
+    lines = run("generate", other, photo, *options).stdout.splitlines()
+    assert json.loads(lines[1])["token_ids"] == alone["token_ids"]
+    assert alone["seed"] == 7
+
+
+def test_without_a_seed_one_is_drawn_told_and_repeats_the_answer(photo: Path) -> None:
+    options = ["generate", photo, "--prompt", "caption en", "--top-k", 9]
+    first = run(*options)
+    seed = one_line(first).removeprefix("npvlm: seed ")
+    assert run(*options, "--seed", seed).stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--temperature", "0", "--top-k", "5"], ["--do_sample", "False", "--temperature", "2"]],
+)
+def test_temperature_0_and_do_sample_false_are_greedy(photo: Path, options: list[str]) -> None:
+    greedy = run("generate", photo, "--prompt", "caption en")
+    result = run("generate", photo, "--prompt", "caption en", *options)
+    assert (result.stdout, result.stderr) == (greedy.stdout, "")
+
+
+def test_the_well_known_scripts_options_work_as_second_names(photo: Path) -> None:
+    model = ROOT / "npvlm" / "bundled" / "shapes"
+    result = run(
+        *["generate", "--model_path", model, "--prompt", "this building is known as"],
+        *["--image_file_path", photo, "--max_tokens_to_generate", "100"],
+        *["--temperature", "0.8", "--top_p", "0.9", "--do_sample", "True"],
+        *["--only_cpu", "True", "--seed", "1"],
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    short = npvlm.load(model).generate(
+        photo, "this building is known as", temperature=0.8, top_p=0.9, seed=1
+    )
+    assert result.stdout == short[0].text + "\n"
+
+
+def test_the_model_comes_from_the_environment_unless_named(photo: Path, tmp_path: Path) -> None:
+    environment = {"NPVLM_MODEL": str(tmp_path / "absent")}
+    result = run("generate", photo, "--prompt", QUESTION, env=environment)
+    assert result.returncode == 3 and "absent" in one_line(result)
+    named = run("generate", photo, "--prompt", QUESTION, "--model", "shapes", env=environment)
+    assert named.returncode == 0
+
+
+def test_an_image_mark_in_the_prompt_is_removed_and_said(photo: Path) -> None:
+    marked = run("generate", photo, "--prompt", f"<image>{QUESTION}")
+    assert "<image> removed" in one_line(marked)
+    assert marked.stdout == run("generate", photo, "--prompt", QUESTION).stdout
+
+
+def test_threads_reach_the_libraries_before_numpy_is_imported() -> None:
+    code = (
+        "import os, sys; from npvlm.cli.main import npvlm\n"
+        "try: npvlm.main(['generate', 'absent.png', '--prompt', 'x', '--threads', '1'],"
+        " standalone_mode=False)\n"
+        "except Exception: pass\n"
+        "assert 'numpy' in sys.modules\n"
+        "print(os.environ['OPENBLAS_NUM_THREADS'], os.environ['OMP_NUM_THREADS'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.stdout.split() == ["1", "1"], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "IMAGE"),
+        (["--temperature", "nan"], "nan"),
+        (["--temperature", "inf"], "inf"),
+        (["--temperature", "-1"], "-1"),
+        (["--top-p", "nan"], "nan"),
+        (["--top-p", "0"], "0"),
+        (["--top-p", "1.5"], "1.5"),
+        (["--top-k", "0"], "0"),
+        (["--max-tokens", "0"], "0"),
+        (["--seed", "-1"], "-1"),
+        (["--threads", "0"], "0"),
+        (["--do_sample", "perhaps"], "perhaps"),
+        (["--colour"], "--colour"),
+    ],
+)
+def test_bad_use_exits_with_2_and_names_the_flag(options: list[str], says: str) -> None:
+    pictures = ["x.png"] if options else []
+    result = run("generate", *pictures, "--prompt", "caption en", *options)
+    assert result.returncode == 2
+    assert says in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_prompt_that_is_no_utf8_exits_with_2(photo: Path) -> None:
+    result = subprocess.run(
+        [*CLI, "generate", str(photo), "--prompt", b"caption \xff\xfe"],
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert b"UTF-8" in result.stderr and b"Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("model", ["absent", "/", "cli.py"])
+def test_a_model_that_is_none_exits_with_3(photo: Path, model: str) -> None:
+    result = run("generate", photo, "--prompt", QUESTION, "--model", model, cwd=ROOT)
+    assert result.returncode == 3
+    assert "expected" in one_line(result) or "missing" in one_line(result)
+
+
+def test_a_picture_that_is_none_exits_with_3(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("not a picture")
+    for picture in (tmp_path / "absent.png", tmp_path / "text.png", tmp_path):
+        result = run("generate", picture, "--prompt", QUESTION)
+        assert result.returncode == 3
+        assert str(picture) in one_line(result)
+
+
+def test_ctrl_c_exits_with_130_and_sigterm_with_143(photo: Path) -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        command = [*CLI, "generate", *[str(photo)] * 2000, "--prompt", "caption en"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        process.stdout.readline()  # it is at work
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert "Traceback" not in stderr
+
+
+def test_a_closed_pipe_ends_quietly(photo: Path) -> None:
+    command = [*CLI, "generate", *[str(photo)] * 300, "--prompt", QUESTION]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert (process.wait(timeout=60), stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_said_in_one_line(photo: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [*CLI, "generate", str(photo), "--prompt", QUESTION],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 3
+    assert "No space left" in one_line(result)
+
+
+def test_the_demo_answers_and_leaves_a_picture(tmp_path: Path) -> None:
+    result = run("demo", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "npvlm-demo.png" in result.stderr and "caption en" in result.stdout
+    drawn = Image.open(tmp_path / "npvlm-demo.png").convert("RGB")
+    plain = draw_picture()
+    assert drawn.size == plain.size and drawn.tobytes() != plain.tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["npvlm-demo.png"]
+
+
+def test_the_demo_says_where_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "absent" / "x.png", tmp_path / "file" / "x.png"):
+        result = run("demo", "-o", output)
+        assert result.returncode == 3 and str(output) in one_line(result)
+    assert run("demo", "-o", tmp_path).returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_help_and_version_answer_without_a_model() -> None:
+    for arguments in (["--help"], ["generate", "--help"], ["demo", "-h"]):
+        result = run(*arguments)
+        assert result.returncode == 0 and "Usage:" in result.stdout
+    assert "top-k" in run("generate", "--help").stdout
+    assert npvlm.__version__ in run("--version").stdout
