@@ -1,0 +1,362 @@
+"""The public face: load a model, then ask it about pictures.
+
+Axis letters: T tokens of a sequence · P patches of a picture · D width of the decoder ·
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from npvlm.config import Config, read_config
+from npvlm.decoding.generate import Token, generate, logits
+from npvlm.decoding.prompt import TextStream, layout
+from npvlm.decoding.sampling import Chooser, Sampling
+from npvlm.errors import NpvlmError, UsageError
+from npvlm.files.checkpoint import open_checkpoint
+from npvlm.files.pictures import Preprocessor, open_picture, pixel_values, read_preprocessor
+from npvlm.files.tokenizer import Tokenizer, load_tokenizer
+from npvlm.model import ops, paligemma
+from npvlm.model.ops import Index
+from npvlm.model.tap import closed
+from npvlm.model.weights import Array, Weights
+
+Picture = str | Path | Image.Image
+
+BUNDLED = Path(__file__).parent / "bundled"
+PACKED_TOKENS = 4096  # prefix tokens read together: bounds the memory of a packed prefill
+
+
+def load(model: str | Path = "shapes") -> Model:
+    """Open a model. Weights are memory-mapped: nothing is read before it is needed.
+
+    Parameters
+    ----------
+    model : the name of a bundled model ("shapes") or a checkpoint folder with config.json,
+        *.safetensors, tokenizer.model and preprocessor_config.json as published
+
+    Raises
+    ------
+    NpvlmError
+        In one sentence: what is missing or wrong in the folder.
+    """
+    bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
+    folder = BUNDLED / model if str(model) in bundled else Path(model)
+    if not folder.is_dir():
+        raise NpvlmError(
+            f"{model}: no such model; expected a checkpoint folder or one of the bundled models "
+            f"({', '.join(bundled)})."
+        )
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder, config)
+    if not config.eos_token_ids:
+        config = replace(config, eos_token_ids=(tokenizer.eos_id,))
+    return Model(
+        name=str(model),
+        config=config,
+        weights=Weights(open_checkpoint(folder, config)),
+        tokenizer=tokenizer,
+        preprocessor=read_preprocessor(folder, config),
+    )
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall-clock seconds of the packed call that gave an answer, by part."""
+
+    image: float
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says about a picture (or several at once), and how sure it was.
+
+    image : the picture as it was given, a list where several belong to one prompt
+    text : the answer without special tokens
+    token_ids : every generated id, an eos that ended it included
+    logprobs : for each of them the natural logarithm of the model's own probability, after the
+        soft-cap and before temperature and filters
+    prompt_token_ids : everything the decoder read, image ids included
+    stop : "eos" or "length"
+    model : the model as it was named
+    seed : of the random draws; None where the answer is greedy
+    """
+
+    image: str | list[str]
+    prompt: str
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    prompt_token_ids: list[int]
+    stop: str
+    model: str
+    seed: int | None
+    seconds: Seconds
+
+    def to_json(self) -> str:
+        """One line of JSON with these fields, from which every number reads back the same."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that an answer has grown by; `index` counts the answers of the call."""
+
+    index: int
+    text: str
+
+
+@dataclass
+class _Sequence:
+    """One answer in the making."""
+
+    index: int
+    pictures: list[Picture]
+    prompt: str
+    ids: Index
+    chooser: Chooser
+    text: TextStream
+    tokens: list[Token] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened checkpoint: its config, memory-mapped weights, tokenizer and picture settings."""
+
+    name: str
+    config: Config
+    weights: Weights
+    tokenizer: Tokenizer
+    preprocessor: Preprocessor
+
+    def generate(
+        self,
+        images: Picture | Sequence[Picture | Sequence[Picture]],
+        prompts: str | Sequence[str],
+        *,
+        max_tokens: int = 100,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> list[Answer]:
+        """Answer prompts about pictures, several sequences packed into one call.
+
+        Parameters
+        ----------
+        images : one picture, or one per answer; a list in its place puts several pictures in front
+            of one prompt. A picture is a path or a PIL image
+        prompts : one for all pictures, or one for each
+        max_tokens : most tokens of an answer, 1 or more
+        temperature, top_k, top_p : greedy unless one is given; temperature 0 is greedy always
+        seed : of every answer's own random generator; drawn where none is given
+
+        Returns
+        -------
+        One Answer for each, in order.
+
+        Raises
+        ------
+        UsageError
+            For numbers out of range, or prompts and pictures whose counts differ.
+        NpvlmError
+            For a picture that cannot be read.
+        """
+        sampling = Sampling(temperature, top_k, top_p)
+        events = self.events(images, prompts, sampling, max_tokens=max_tokens, seed=seed)
+        return [event for event in events if isinstance(event, Answer)]
+
+    def stream(
+        self,
+        image: Picture | Sequence[Picture],
+        prompt: str,
+        *,
+        max_tokens: int = 100,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Yield one answer as it is written, in pieces that join to its text.
+
+        Parameters are those of `generate`, for one picture, or several in front of one prompt.
+        """
+        sampling = Sampling(temperature, top_k, top_p)
+        for event in self.events([image], prompt, sampling, max_tokens=max_tokens, seed=seed):
+            if isinstance(event, Piece):
+                yield event.text
+
+    def logits(
+        self, images: Picture | Sequence[Picture], prompt: str, answer_ids: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Score a whole sequence without a cache: row t says what may follow token t.
+
+        Parameters
+        ----------
+        images : a picture, or several in front of the one prompt
+        answer_ids : tokens behind the prompt, possibly none
+
+        Returns
+        -------
+        logits [T, V], float32, after the soft-cap, for image tokens, prompt and answer
+        """
+        answer = np.array(answer_ids, np.int64)
+        vocabulary = self.config.text_config.vocab_size
+        if answer.ndim != 1 or np.any((answer < 0) | (answer >= vocabulary)):
+            raise UsageError(f"answer_ids must be a list of ids from 0 to {vocabulary - 1}.")
+        pictures = _as_list(images)
+        features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
+        ids = self._layout(prompt, len(pictures))
+        w, config = self.weights, self.config
+        return logits(ids, answer, features, w, config, ops=ops, tap=closed)
+
+    def events(
+        self,
+        images: Picture | Sequence[Picture | Sequence[Picture]],
+        prompts: str | Sequence[str],
+        sampling: Sampling,
+        *,
+        max_tokens: int = 100,
+        seed: int | None = None,
+    ) -> Iterator[Piece | Answer]:
+        """Everything `generate` does, as it happens: pieces of text, then the answers in order.
+
+        Pictures are read when their turn comes, so any number of them fits in memory.
+        """
+        if max_tokens < 1:
+            raise UsageError(f"max_tokens is {max_tokens}, expected 1 or more.")
+        if seed is not None and seed < 0:
+            raise UsageError(f"seed is {seed}, expected 0 or a larger whole number.")
+        if sampling.greedy:
+            seed = None
+        elif seed is None:
+            seed = secrets.randbelow(2**32)
+        per_answer = [_as_list(entry) for entry in _as_list(images)]
+        prompts = [prompts] * len(per_answer) if isinstance(prompts, str) else list(prompts)
+        if len(prompts) != len(per_answer):
+            raise UsageError(
+                f"{len(prompts)} prompts for {len(per_answer)} pictures; expected one prompt for "
+                "all, or one for each."
+            )
+        sequences = [
+            _Sequence(
+                index,
+                pictures,
+                prompt,
+                self._layout(prompt, len(pictures)),
+                Chooser(sampling, seed),
+                TextStream(self.tokenizer),
+            )
+            for index, (pictures, prompt) in enumerate(zip(per_answer, prompts, strict=True))
+        ]
+        for pack in _packs(sequences):
+            yield from self._answer(pack, max_tokens, seed)
+
+    def _answer(
+        self, pack: list[_Sequence], max_tokens: int, seed: int | None
+    ) -> Iterator[Piece | Answer]:
+        """Run one packed call."""
+        began = time.perf_counter()
+        features = self._features([picture for s in pack for picture in s.pictures])
+        features = features.reshape(-1, self.config.text_config.hidden_size)
+        seen = time.perf_counter()
+
+        steps = generate(
+            [s.ids for s in pack],
+            features,
+            self.weights,
+            self.config,
+            [s.chooser for s in pack],
+            max_tokens,
+            ops=ops,
+            tap=closed,
+        )
+        prefilled = None
+        for tokens in steps:
+            prefilled = prefilled or time.perf_counter()
+            for token in tokens:
+                sequence = pack[token.sequence]
+                sequence.tokens.append(token)
+                if text := sequence.text.add(token.id):
+                    yield Piece(sequence.index, text)
+        done = time.perf_counter()
+
+        seconds = Seconds(seen - began, (prefilled or done) - seen, done - (prefilled or done))
+        for sequence in pack:
+            if text := sequence.text.finish():
+                yield Piece(sequence.index, text)
+            yield self._finished(sequence, seed, seconds)
+
+    def _finished(self, sequence: _Sequence, seed: int | None, seconds: Seconds) -> Answer:
+        names = [_name(picture) for picture in sequence.pictures]
+        ids = [token.id for token in sequence.tokens]
+        return Answer(
+            image=names[0] if len(names) == 1 else names,
+            prompt=sequence.prompt,
+            text=self.tokenizer.decode(ids),
+            token_ids=ids,
+            logprobs=[token.logprob for token in sequence.tokens],
+            prompt_token_ids=sequence.ids.tolist(),
+            stop="eos" if ids[-1] in self.config.eos_token_ids else "length",
+            model=self.name,
+            seed=seed,
+            seconds=seconds,
+        )
+
+    def _features(self, pictures: Sequence[Picture]) -> Array:
+        """Image features [N, P, D]; a picture that comes several times is looked at once."""
+        distinct = {_key(picture): picture for picture in pictures}
+        pixels = np.stack([self._pixels(picture) for picture in distinct.values()])
+        features = paligemma.image_features(pixels, self.weights, self.config, ops=ops, tap=closed)
+        place = {key: i for i, key in enumerate(distinct)}
+        return features[[place[_key(picture)] for picture in pictures]]
+
+    def _pixels(self, picture: Picture) -> NDArray[np.float32]:
+        rgb = open_picture(picture)
+        return pixel_values(rgb, self.preprocessor)
+
+    def _layout(self, prompt: str, pictures: int) -> Index:
+        """The ids of one sequence; a typed `<image>` is dropped, the pictures come first anyway."""
+        if pictures == 0:
+            raise UsageError("PaliGemma needs a picture for every prompt; none was given.")
+        text, _ = self.tokenizer.strip_image_marks(prompt)
+        return layout(self.tokenizer, text, pictures * self.config.vision_config.num_patches)
+
+
+def _as_list(value: Any) -> list[Any]:
+    """One thing or several, as a list."""
+    return [value] if isinstance(value, (str, Path, Image.Image)) else list(value)
+
+
+def _key(picture: Picture) -> str | int:
+    """The same for the same picture: its path, or the identity of an image in memory."""
+    return id(picture) if isinstance(picture, Image.Image) else str(picture)
+
+
+def _name(picture: Picture) -> str:
+    """How an answer calls its picture."""
+    return getattr(picture, "filename", "") if isinstance(picture, Image.Image) else str(picture)
+
+
+def _packs(sequences: list[_Sequence]) -> Iterator[list[_Sequence]]:
+    """Neighbours whose prefixes fit together into PACKED_TOKENS; one alone may be longer."""
+    pack: list[_Sequence] = []
+    for sequence in sequences:
+        if pack and sum(len(s.ids) for s in [*pack, sequence]) > PACKED_TOKENS:
+            yield pack
+            pack = []
+        pack.append(sequence)
+    if pack:
+        yield pack

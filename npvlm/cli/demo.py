@@ -1,0 +1,26 @@
+"""`npvlm demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("npvlm-demo.png"),
+    show_default=True,
+    help="Where the picture with boxes goes.",
+)
+def demo(output: Path) -> None:
+    """Draw a picture and ask the bundled model about it: caption, count and boxes."""
+    from npvlm.work.demo import run_demo
+
+    shown = run_demo(output)
+    for prompt, text in shown.answers:
+        click.echo(f"{prompt}\n    {text}")
+    click.echo(f"{shown.boxes} boxes drawn on {output} ({shown.seconds:.1f} s).", err=True)

@@ -1,0 +1,138 @@
+"""`npvlm generate`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from npvlm.cli.options import Finite, model_option, threads_option
+
+if TYPE_CHECKING:
+    from npvlm.api import Answer, Model
+    from npvlm.decoding.sampling import Sampling
+
+
+@click.command()
+@click.argument("images", nargs=-1, metavar="IMAGE...")
+@click.option("--image_file_path", "more_images", multiple=True, help="Another IMAGE.")
+@click.option("--prompt", required=True, help='What to do, such as "caption en".')
+@model_option
+@click.option(
+    "--max-tokens",
+    "--max_tokens_to_generate",
+    "max_tokens",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="Most tokens of an answer.",
+)
+@click.option("--temperature", type=Finite(min=0), help="Draw tokens; 0 is greedy always.")
+@click.option(
+    "--top-k",
+    "--top_k",
+    "top_k",
+    type=click.IntRange(min=1),
+    help="Draw among the N likeliest. Off unless given: no hidden 50 as in transformers.",
+)
+@click.option(
+    "--top-p",
+    "--top_p",
+    "top_p",
+    type=Finite(min=0, min_open=True, max=1),
+    help="Draw among the likeliest that reach this probability together.",
+)
+@click.option(
+    "--do_sample",
+    type=click.BOOL,
+    metavar="True|False",
+    help="True: temperature 0.8 and top-p 0.9 unless given. False: greedy.",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Of the draws.  [default: a new one]")
+@click.option("--together", is_flag=True, help="All pictures in front of one prompt, one answer.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per answer.")
+@click.option("--only_cpu", type=click.BOOL, metavar="True|False", help="Accepted; always so.")
+@threads_option
+def generate(
+    images: tuple[str, ...],
+    more_images: tuple[str, ...],
+    prompt: str,
+    model: str,
+    max_tokens: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    do_sample: bool | None,
+    seed: int | None,
+    together: bool,
+    as_json: bool,
+    only_cpu: bool | None,
+) -> None:
+    """Answer one prompt about each IMAGE.
+
+    One picture streams its answer to stdout; several print PATH<tab>ANSWER lines, in which a
+    backslash, tab or line end is written as \\\\, \\t, \\n. Everything else goes to stderr.
+    Greedy unless --temperature above 0, --top-k, --top-p or --do_sample True is given.
+    """
+    pictures = [*images, *more_images]
+    if not pictures:
+        raise click.UsageError("Missing IMAGE: name at least one picture.")
+    if do_sample is False:
+        temperature = 0.0
+    elif do_sample:
+        temperature = 0.8 if temperature is None else temperature
+        top_p = 0.9 if top_p is None else top_p
+
+    from npvlm.api import load
+    from npvlm.decoding.sampling import Sampling
+
+    if only_cpu is False:
+        click.echo("npvlm: --only_cpu False changes nothing: npvlm runs on the CPU.", err=True)
+    answer(
+        load(model),
+        [pictures] if together else pictures,
+        prompt,
+        Sampling(temperature, top_k, top_p),
+        max_tokens,
+        seed,
+        as_json,
+    )
+
+
+def answer(
+    model: Model,
+    pictures: list[str] | list[list[str]],
+    prompt: str,
+    sampling: Sampling,
+    max_tokens: int,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Run the model and print: a stream for one answer, a line for each of several."""
+    from npvlm.api import Piece
+
+    if removed := model.tokenizer.strip_image_marks(prompt)[1]:
+        note = f"npvlm: {removed} <image> removed from the prompt; pictures go first anyway."
+        click.echo(note, err=True)
+    streaming = len(pictures) == 1 and not as_json
+    told = seed is not None or sampling.greedy
+    for event in model.events(pictures, prompt, sampling, max_tokens=max_tokens, seed=seed):
+        if isinstance(event, Piece):
+            if streaming:
+                click.echo(event.text, nl=False)
+            continue
+        if not told:
+            click.echo(f"npvlm: seed {event.seed}", err=True)
+            told = True
+        click.echo(event.to_json() if as_json else "" if streaming else _line(event))
+
+
+def _line(answer: Answer) -> str:
+    """One line for one answer, whatever is in it."""
+    return f"{_escaped(str(answer.image))}\t{_escaped(answer.text)}"
+
+
+def _escaped(text: str) -> str:
+    for character, written in (("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r")):
+        text = text.replace(character, written)
+    return text

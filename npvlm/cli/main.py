@@ -1,0 +1,88 @@
+"""The command group, and what every error becomes: one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from npvlm import __version__
+from npvlm.cli.demo import demo
+from npvlm.cli.generate import generate
+from npvlm.errors import NpvlmError
+
+EXIT_CODES = """\b
+Exit codes: 0 fine, 2 bad use, 3 a model, file or machine problem,
+130 Ctrl-C, 143 SIGTERM."""
+
+
+@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="npvlm")
+def npvlm() -> None:
+    """PaliGemma and PaliGemma 2 on a plain CPU: ask pictures questions.
+
+    \b
+    npvlm demo                                     see it work in seconds
+    npvlm generate photo.jpg --prompt "caption en" --model FOLDER
+    """
+
+
+npvlm.add_command(demo)
+npvlm.add_command(generate)
+
+
+def main() -> NoReturn:
+    """Run the command line and leave with its exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        # A path need not be UTF-8; in JSON this is the escape of such a byte.
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(_run())
+
+
+def _run() -> int:
+    """Run the command and name its exit code."""
+    try:
+        code = npvlm.main(standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except NpvlmError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted.", 130)
+    except Terminated:
+        return _fail("terminated.", 143)
+    except MemoryError:
+        return _fail("out of memory; use a smaller model, fewer pictures or another machine.", 3)
+    except BrokenPipeError:
+        return _closed_pipe()
+    except OSError as error:
+        return _fail(f"{error.filename or 'output'}: {error.strerror or error}.", 3)
+    except SystemExit:  # how click itself ends on a closed pipe; nothing else here raises it
+        return _closed_pipe()
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"npvlm: {message}", err=True)
+    return code
+
+
+def _closed_pipe() -> int:
+    """Whoever read our output has had enough: end quietly."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated

@@ -1,0 +1,1 @@
+"""From a prompt to token ids, from logits to the next token, and from tokens to text."""

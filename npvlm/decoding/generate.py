@@ -1,0 +1,105 @@
+"""The loop: read the prefixes of several sequences together, then write them token by token.
+
+Axis letters: T tokens in this call · D width of the decoder · V vocabulary · M image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from npvlm.config import Config
+from npvlm.decoding.sampling import log_softmax
+from npvlm.model import gemma, paligemma
+from npvlm.model.cache import Rows, new_cache
+from npvlm.model.ops import Index
+from npvlm.model.tap import Tap
+from npvlm.model.weights import Array, Weights
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token: whose it is, its id, and the log-probability the model gave it."""
+
+    sequence: int
+    id: int
+    logprob: float
+
+
+def generate(
+    prompts: Sequence[Index],
+    features: Array,
+    w: Weights,
+    config: Config,
+    choosers: Sequence[Callable[[Array], int]],
+    max_tokens: int,
+    *,
+    ops: ModuleType,
+    tap: Tap,
+) -> Iterator[list[Token]]:
+    """Yield the next token of every unfinished sequence, one step at a time.
+
+    Sequences of any lengths are packed end to end; each keeps its own rows of the cache.
+
+    Parameters
+    ----------
+    prompts : for each sequence its ids [T], image ids included
+    features : image features [M, D] of all sequences, in their order
+    choosers : for each sequence a function from logits [V] to an id
+    max_tokens : at least 1; a sequence ends there or with one of config.eos_token_ids
+    """
+    lengths = [len(ids) for ids in prompts]
+    starts = np.cumsum([0] + [length + max_tokens for length in lengths])
+    cache = new_cache(config.text_config, int(starts[-1]), features.dtype)
+    text = w.scope("language_model")
+
+    x = paligemma.embed(np.concatenate(prompts), features, w, config, ops=ops, tap=tap)
+    rows = Rows.pack([Rows.of(s, n, range(n)) for s, n in zip(starts, lengths, strict=False)])
+    wanted = np.cumsum(lengths) - 1
+    live = list(range(len(prompts)))
+
+    for step in range(max_tokens):
+        scores = paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap)  # [live, V]
+        tokens = []
+        for i, row in zip(live, scores, strict=True):
+            chosen = choosers[i](row)
+            tokens.append(Token(i, chosen, float(log_softmax(row)[chosen])))
+        yield tokens
+
+        tokens = [token for token in tokens if token.id not in config.eos_token_ids]
+        if not tokens:
+            return
+        live = [token.sequence for token in tokens]
+        ids = np.array([token.id for token in tokens])
+        x = gemma.embed(ids, text, config.text_config, features.dtype, ops=ops)
+        at = [lengths[i] + step for i in live]
+        rows = Rows.pack(
+            [Rows.of(starts[i], lengths[i], range(n, n + 1)) for i, n in zip(live, at, strict=True)]
+        )
+        wanted = np.arange(len(live))
+
+
+def logits(
+    prompt: Index,
+    answer: Index,
+    features: Array,
+    w: Weights,
+    config: Config,
+    *,
+    ops: ModuleType,
+    tap: Tap,
+) -> Array:
+    """Score a whole sequence in one pass: row t says what may follow token t.
+
+    prompt [A], answer [B], features [M, D] -> [T, V]
+    """
+    x = paligemma.embed(prompt, features, w, config, ops=ops, tap=tap)
+    text = w.scope("language_model")
+    tail = gemma.embed(answer, text, config.text_config, features.dtype, ops=ops)
+    x = np.concatenate([x, tail])
+    cache = new_cache(config.text_config, len(x), x.dtype)
+    rows = Rows.of(0, len(prompt), range(len(x)))
+    return paligemma.forward(x, w, config, cache, rows, np.arange(len(x)), ops=ops, tap=tap)

@@ -1,0 +1,69 @@
+"""The layout of what the decoder reads: pictures, then `<bos>`, the prompt, and one newline."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from npvlm.model.ops import Index
+
+
+class Tokenizer(Protocol):
+    """What this package needs of a tokenizer."""
+
+    @property
+    def bos_id(self) -> int: ...
+    @property
+    def newline_id(self) -> int: ...
+    @property
+    def image_id(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def layout(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> Index:
+    """Lay out one sequence: image tokens, `<bos>`, prompt, newline.
+
+    PaliGemma was trained with exactly one newline behind the prompt, so trailing ones are dropped
+    (two in a row would be another token).
+
+    Parameters
+    ----------
+    prompt : text in which `<image>` has no meaning any more
+    image_tokens : placeholders of all its pictures together, patches x pictures
+
+    Returns
+    -------
+    ids [T], int64
+    """
+    text = tokenizer.encode(prompt.rstrip("\n"))
+    images = [tokenizer.image_id] * image_tokens
+    return np.array([*images, tokenizer.bos_id, *text, tokenizer.newline_id])
+
+
+class TextStream:
+    """Text that grows token by token, handed out as soon as it can no longer change.
+
+    A character may be spelled by several byte tokens; it is held back until it is whole.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def add(self, token: int) -> str:
+        """What the next token adds to the text that is certain."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        return self._advance(text.rstrip("\ufffd"))
+
+    def finish(self) -> str:
+        """What was still held back."""
+        return self._advance(self._tokenizer.decode(self._ids))
+
+    def _advance(self, text: str) -> str:
+        piece = text[self._shown :]
+        self._shown += len(piece)
+        return piece

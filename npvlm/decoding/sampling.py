@@ -1,0 +1,91 @@
+"""Choosing the next token: the likeliest, or a draw from a filtered distribution.
+
+Axis letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npvlm.errors import UsageError
+from npvlm.model.weights import Array
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Greedy unless a temperature above 0, a top_k or a top_p is given.
+
+    temperature : 0 is greedy whatever else is given; 1 where only a filter is given
+    top_k : keep the k likeliest tokens (and those that tie with the last of them)
+    top_p : keep the fewest likeliest tokens whose probabilities reach p together
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        t, k, p = self.temperature, self.top_k, self.top_p
+        if t is not None and not (math.isfinite(t) and t >= 0):
+            raise UsageError(f"temperature is {t}, expected 0 (greedy) or a finite number above.")
+        if k is not None and k < 1:
+            raise UsageError(f"top-k is {k}, expected a whole number of at least 1.")
+        if p is not None and not 0 < p <= 1:
+            raise UsageError(f"top-p is {p}, expected a number above 0 and up to 1.")
+
+    @property
+    def greedy(self) -> bool:
+        if self.temperature is None:
+            return self.top_k is None and self.top_p is None
+        return self.temperature == 0
+
+    def probabilities(self, logits: Array) -> NDArray[np.float64]:
+        """The distribution that is drawn from: temperature, then top-k, then top-p.
+
+        logits [V] -> [V]
+        Source: the order and the rules for ties of transformers' logits processors.
+        """
+        scores = logits.astype(np.float64) / (1.0 if self.temperature is None else self.temperature)
+        if self.top_k is not None and self.top_k < len(scores):
+            scores[scores < np.partition(scores, -self.top_k)[-self.top_k]] = -np.inf
+        if self.top_p is not None and self.top_p < 1:
+            order = np.argsort(scores, kind="stable")  # unlikely first
+            reached = np.cumsum(np.exp(log_softmax(scores))[order])
+            unlikely = order[reached <= 1 - self.top_p]
+            scores[np.setdiff1d(unlikely, order[-1:])] = -np.inf
+        return np.exp(log_softmax(scores))
+
+
+class Chooser:
+    """Chooses the tokens of one answer, with a random generator of its own.
+
+    One number is drawn per token, so an answer depends on its seed and never on what else runs.
+    """
+
+    def __init__(self, sampling: Sampling, seed: int | None) -> None:
+        self._sampling = sampling
+        self._random = np.random.default_rng(seed)
+
+    def __call__(self, logits: Array) -> int:
+        """The id of the next token; of equally likely ones the first.
+
+        logits [V] -> an id below V
+        """
+        if self._sampling.greedy:
+            return int(np.argmax(logits))
+        reached = np.cumsum(self._sampling.probabilities(logits))
+        drawn = self._random.random() * reached[-1]
+        return int(np.searchsorted(reached, drawn, side="right"))
+
+
+def log_softmax(logits: Array) -> NDArray[np.float64]:
+    """Natural logarithms of the probabilities, in float64.
+
+    logits [V] -> [V]
+    """
+    shifted = logits.astype(np.float64) - np.max(logits)
+    return shifted - np.log(np.sum(np.exp(shifted)))

@@ -1,0 +1,1 @@
+"""Whole jobs, each behind one command."""
