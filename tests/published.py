@@ -140,7 +140,7 @@ def configs() -> dict[str, Values]:
 
 
 def saved_by_transformers5(family: str) -> Values:
-    """What a fresh model's save_pretrained writes in transformers 5: other spellings, all fields."""
+    """What save_pretrained of a fresh model writes in transformers 5: every field, newer names."""
     text: Values = {
         "attention_bias": False,
         "attention_dropout": 0.0,

@@ -156,9 +156,9 @@ def test_tensors_that_lie_off_their_alignment_are_read_all_the_same(
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident pages are Linux's")
 def test_opening_touches_no_weight(tmp_path: Path) -> None:
-    """Two thirds of a gibibyte that take no room on disk: what is read of them gets resident."""
+    """Sixty mebibytes that take no room on disk: what is read of them gets resident."""
     values = saved_by_transformers5("gemma")
-    values["text_config"] |= {"vocab_size": 7_000_000}
+    values["text_config"] |= {"vocab_size": 700_000}
     config = parse_config(values)
     header: dict[str, Any] = {}
     offset = 0
@@ -176,7 +176,7 @@ def test_opening_touches_no_weight(tmp_path: Path) -> None:
     table = found[EMBED_TOKENS]
     assert isinstance(table, np.ndarray)
     assert table[::40].sum() == 0.0  # now read: the measure sees it
-    assert resident_pages() - before > 100_000
+    assert resident_pages() - before > 10_000
 
 
 def test_a_tied_head_alone_serves_as_the_embedding_table_too(tmp_path: Path) -> None:

@@ -262,12 +262,13 @@ def test_ctrl_c_exits_with_130_and_sigterm_with_143(photo: Path) -> None:
 
 def test_a_closed_pipe_ends_quietly(photo: Path) -> None:
     command = [*CLI, "generate", *[str(photo)] * 300, "--prompt", QUESTION]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    stderr = process.stderr.read()
-    assert (process.wait(timeout=60), stderr) == (0, "")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        stderr = process.stderr.read()
+        assert (process.wait(timeout=60), stderr) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")

@@ -20,6 +20,7 @@ class Tokenizer(Protocol):
     def image_id(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
+    def is_byte(self, token_id: int) -> bool: ...
 
 
 def layout(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> Index:
@@ -45,7 +46,8 @@ def layout(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> Index:
 class TextStream:
     """Text that grows token by token, handed out as soon as it can no longer change.
 
-    A character may be spelled by several byte tokens; it is held back until it is whole.
+    A character may be spelled by several byte tokens, and what a run of them says is known only
+    when it ends: until then it is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -56,14 +58,10 @@ class TextStream:
     def add(self, token: int) -> str:
         """What the next token adds to the text that is certain."""
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        return self._advance(text.rstrip("\ufffd"))
+        return "" if self._tokenizer.is_byte(token) else self.finish()
 
     def finish(self) -> str:
         """What was still held back."""
-        return self._advance(self._tokenizer.decode(self._ids))
-
-    def _advance(self, text: str) -> str:
-        piece = text[self._shown :]
+        piece = self._tokenizer.decode(self._ids)[self._shown :]
         self._shown += len(piece)
         return piece

@@ -19,7 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from npvlm.config import Config, Fields, read_json
 from npvlm.errors import NpvlmError
 
-_FILTERS = tuple(int(kind) for kind in Image.Resampling)
+_FILTERS = range(6)  # nearest, Lanczos, bilinear, bicubic, box, Hamming: the same in all releases
+_CLEAR_MODES = ("RGBA", "LA", "PA")
 _WHITE = (255, 255, 255, 255)
 _DEEPEST = 65535  # the largest value of 16 bits
 
@@ -56,7 +57,7 @@ def open_picture(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
         No such file, no picture, a damaged or an absurdly large one.
     """
     if isinstance(source, str | Path):
-        said = str(source)
+        said = str(source) if str(source).isprintable() else ascii(str(source))
         _check_file(Path(source), said)
     else:
         said = str(getattr(source, "filename", "") or getattr(source, "name", "") or "the picture")
@@ -101,7 +102,7 @@ def to_rgb(picture: Image.Image, said: str = "the picture") -> Image.Image:
         raise NpvlmError(f"{said} holds fractions, expected a picture of 8 or 16 bits a colour")
     if picture.mode in ("La", "RGBa"):  # colours multiplied by their opacity
         picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
+    if picture.mode in _CLEAR_MODES or picture.info.get("transparency") is not None:
         ground = Image.new("RGBA", picture.size, _WHITE)
         picture = Image.alpha_composite(ground, picture.convert("RGBA"))
     return picture.convert("RGB")
@@ -163,7 +164,8 @@ def read_preprocessor(folder: Path, config: Config) -> Preprocessor:
             f"{path}: size is {height} x {width}, expected {image_size} x {image_size}, "
             "the image_size of config.json; are the files of two models mixed?"
         )
-    if fields.get("resample") not in _FILTERS or type(fields.get("resample")) is not int:
+    resample = fields.get("resample")
+    if type(resample) is not int or resample not in _FILTERS:
         raise fields.wrong("resample", f"a filter of Pillow from 0 to {max(_FILTERS)}")
     return Preprocessor(
         height=height,
@@ -171,7 +173,7 @@ def read_preprocessor(folder: Path, config: Config) -> Preprocessor:
         image_mean=_colours(fields, "image_mean"),
         image_std=_colours(fields, "image_std"),
         rescale_factor=fields.positive("rescale_factor"),
-        resample=fields.get("resample"),
+        resample=resample,
     )
 
 
@@ -181,7 +183,7 @@ def _check_file(path: Path, said: str) -> None:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise NpvlmError(f"{said!r} cannot be opened: {reason}") from None
+        raise NpvlmError(f"{said} cannot be opened: {reason}") from None
     if stat.S_ISDIR(mode):
         raise NpvlmError(f"{said} is a folder, expected a picture")
     if not stat.S_ISREG(mode):

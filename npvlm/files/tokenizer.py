@@ -19,7 +19,7 @@ IMAGE = "<image>"
 # Pieces that structure a sequence and are no part of what it says.
 _SILENT = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", IMAGE)
 _NEEDED = {"bos_id": "<bos>", "eos_id": "<eos>", "pad_id": "<pad>", "newline_id": "\n"}
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TAB = "<0x09>"
 _SPACE = "\u2581"
 _LONGEST_RUN = 31
@@ -32,8 +32,6 @@ class Tokenizer:
     Attributes
     ----------
     bos_id, eos_id, pad_id, newline_id, image_id : int
-    stop_ids : tuple of int
-        What ends an answer: the ids that the model's files name, else eos_id.
     vocab_size : int
         One more than the highest id that has a piece.
     """
@@ -51,7 +49,6 @@ class Tokenizer:
         self.pad_id = self._id_of("<pad>")
         self.newline_id = self._id_of("\n")
         self.image_id = config.image_token_index
-        self.stop_ids = config.eos_token_ids or (self.eos_id,)
         self.vocab_size = max(self._count, *(i + 1 for i in added.values()))
         self._silent = {self._id_of(piece) for piece in _SILENT if self._has(piece)}
 
@@ -59,7 +56,8 @@ class Tokenizer:
         """Turn text into token ids, with nothing put in front or behind.
 
         `<loc0000>`, `<seg000>`, `<image>` and `<unk>` are single ids; a typed `<bos>`, `<eos>` or
-        `<pad>` is plain text, so that a prompt cannot end the sequence it stands in.
+        `<pad>` is plain text, so that a prompt cannot end the sequence it stands in. More than 31
+        spaces in a row go as SentencePiece has them, the longest run first.
 
         Raises
         ------
@@ -94,15 +92,22 @@ class Tokenizer:
             piece = "" if token_id in self._silent else self.piece(token_id)
             if not piece:
                 continue
-            # The one byte that was published as the character itself, and so ends a run of bytes.
-            byte = None if piece == _TAB else _BYTE.fullmatch(piece)
-            if byte:
-                held.append(int(byte[1], 16))
+            if self.is_byte(token_id):
+                held.append(int(piece[3:5], 16))
                 continue
             text.append(_characters(held))
             held.clear()
             text.append("\t" if piece == _TAB else piece.replace(_SPACE, " "))
         return "".join(text) + _characters(held)
+
+    def is_byte(self, token_id: int) -> bool:
+        """Tell whether an id stands for one byte of a character.
+
+        The tab does not, although its piece is a byte's: in the published vocabularies it is the
+        character itself, and so ends a run of bytes.
+        """
+        piece = self.piece(token_id)
+        return piece != _TAB and _BYTE.fullmatch(piece) is not None
 
     def piece(self, token_id: int) -> str:
         """Return the piece of an id as the vocabulary spells it, or "" where it has none."""
@@ -210,8 +215,8 @@ def _read_added(folder: Path, pieces: SentencePieceProcessor) -> dict[str, int]:
             new = _add(added, pieces, entry.get("content"), token_id, path)
             if new and any(entry.get(flag) for flag in ("lstrip", "rstrip", "single_word")):
                 raise NpvlmError(
-                    f"{path} adds {entry['content']!r} with lstrip, rstrip or single_word, expected "
-                    "none of them: npvlm matches added tokens exactly as they are spelled"
+                    f"{path} adds {entry['content']!r} with lstrip, rstrip or single_word, "
+                    "expected none of them: npvlm matches added tokens exactly as they are spelled"
                 )
     return added
 
