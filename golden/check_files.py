@@ -31,6 +31,7 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaProcessor,
     SiglipImageProcessorPil,
+    logging,
 )
 from transformers.models.paligemma.processing_paligemma import EXTRA_TOKENS
 
@@ -39,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 
 from npvlm.config import Config, parse_config  # noqa: E402
+from npvlm.decoding.prompt import layout  # noqa: E402
 from npvlm.files.pictures import Preprocessor, open_picture, pixel_values  # noqa: E402
 from npvlm.files.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from tests.published import configs  # noqa: E402
@@ -218,16 +220,16 @@ def _varint(value: int) -> bytes:
     return bytes([*out, value])
 
 
-def their_tokenizer(tokenizer_json: Path, folder: Path) -> GemmaTokenizer:
-    """Set Gemma's tokenizer up as PaliGemmaProcessor does, with loc and seg in front of <image>."""
+def their_processor(tokenizer_json: Path, folder: Path) -> PaliGemmaProcessor:
+    """PaliGemma's processor with loc and seg in front of <image>; a picture is one token."""
     shutil.copy(tokenizer_json, folder / "tokenizer.json")
     settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs = GemmaTokenizer.from_pretrained(folder)
     theirs.add_tokens([AddedToken(piece, normalized=False) for piece in EXTRA_TOKENS])
-    pictures = SiglipImageProcessorPil()
+    pictures = SiglipImageProcessorPil(size={"height": 2, "width": 2})
     pictures.image_seq_length = 1
-    return PaliGemmaProcessor(pictures, theirs).tokenizer
+    return PaliGemmaProcessor(pictures, theirs)
 
 
 def our_tokenizer(vocabulary: Path, image_id: int, folder: Path) -> Tokenizer:
@@ -290,15 +292,16 @@ def lines(count: int, seed: int) -> Iterator[str]:
         yield re.sub(f"[ ▁]{{{LONGEST_SPACES + 1},}}", " ", line)
 
 
-def check_ids(ours: Tokenizer, theirs: GemmaTokenizer, count: int) -> Check:
-    """Compare the ids of many lines, each as a prompt: <bos>, text, newline."""
+def check_ids(ours: Tokenizer, theirs: PaliGemmaProcessor, count: int) -> Check:
+    """Compare the whole layout of many lines as prompts, with one picture and with two."""
     check = Check("token ids of lines")
-    for line in lines(count, 1):
-        line = line.rstrip("\n")
-        mine = [ours.bos_id, *ours.encode(line), ours.newline_id]
-        check.hold(
-            mine, theirs(f"<bos>{line}\n", add_special_tokens=False)["input_ids"], repr(line)
-        )
+    picture = Image.new("RGB", (2, 2))
+    for number, line in enumerate(lines(count, 1)):
+        pictures = number % 2 + 1
+        line, _ = ours.strip_image_marks(line)
+        line = line.rstrip("\n")  # by choice ours: one newline ends a prompt
+        ids = theirs(text=line, images=[[picture] * pictures])["input_ids"][0]
+        check.hold(layout(ours, line, pictures).tolist(), list(ids), repr(line))
     return check
 
 
@@ -455,10 +458,11 @@ def tokenizer_checks(options: argparse.Namespace, folder: Path) -> list[Check]:
         make_vocabulary(tokenizer_json, vocabulary)
     for name in ("theirs", "ours"):
         (folder / name).mkdir()
-    theirs = their_tokenizer(tokenizer_json, folder / "theirs")
-    image_id = theirs.convert_tokens_to_ids("<image>")
+    theirs = their_processor(tokenizer_json, folder / "theirs")
+    image_id = theirs.tokenizer.convert_tokens_to_ids("<image>")
     ours = our_tokenizer(vocabulary, image_id, folder / "ours")
-    return [check_ids(ours, theirs, options.lines), check_texts(ours, theirs, options.lines)]
+    count = options.lines
+    return [check_ids(ours, theirs, count), check_texts(ours, theirs.tokenizer, count)]
 
 
 def main() -> int:
@@ -470,6 +474,7 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=Path, help="tokenizer.model with loc and seg pieces")
     parser.add_argument("--lines", type=int, default=6000)
     options = parser.parse_args()
+    logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         checks = [check_configs(), *tokenizer_checks(options, Path(folder)), check_pixels()]
     print(f"{'against transformers':<24}{'cases':>8}{'differing':>11}")

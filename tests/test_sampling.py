@@ -38,6 +38,10 @@ def test_temperature_sharpens_and_flattens() -> None:
     np.testing.assert_allclose(p, squares / squares.sum(), rtol=1e-6)
 
 
+def test_a_tiny_temperature_leaves_only_the_likeliest() -> None:
+    assert kept(Sampling(temperature=5e-324)) == {1: 1.0}
+
+
 def test_top_k_keeps_the_likeliest_and_ties() -> None:
     assert list(kept(Sampling(top_k=2))) == [1, 3]
     assert list(kept(Sampling(top_k=99))) == [0, 1, 2, 3, 4]

@@ -49,7 +49,10 @@ class Sampling:
         logits [V] -> [V]
         Source: the order and the rules for ties of transformers' logits processors.
         """
-        scores = logits.astype(np.float64) / (1.0 if self.temperature is None else self.temperature)
+        scores = logits.astype(np.float64) - np.max(logits)
+        if self.temperature is not None:
+            with np.errstate(over="ignore"):  # a tiny temperature leaves the largest alone
+                scores /= self.temperature
         if self.top_k is not None and self.top_k < len(scores):
             scores[scores < np.partition(scores, -self.top_k)[-self.top_k]] = -np.inf
         if self.top_p is not None and self.top_p < 1:
