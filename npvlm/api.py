@@ -7,12 +7,11 @@ V vocabulary.
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from PIL import Image
 from npvlm.config import Config, read_config
 from npvlm.decoding.generate import Token, generate, logits
 from npvlm.decoding.prompt import TextStream, layout
-from npvlm.decoding.sampling import Chooser, Sampling
+from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.checkpoint import open_checkpoint
 from npvlm.files.pictures import Preprocessor, open_picture, pixel_values, read_preprocessor
@@ -31,7 +30,7 @@ from npvlm.model.ops import Index
 from npvlm.model.tap import closed
 from npvlm.model.weights import Array, Weights
 
-Picture = str | Path | Image.Image
+Picture = str | Path | BinaryIO | Image.Image
 
 BUNDLED = Path(__file__).parent / "bundled"
 PACKED_TOKENS = 4096  # prefix tokens read together: bounds the memory of a packed prefill
@@ -52,10 +51,14 @@ def load(model: str | Path = "shapes") -> Model:
     """
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
     folder = BUNDLED / model if str(model) in bundled else Path(model)
-    if not folder.is_dir():
+    try:
+        found = folder.is_dir()
+    except OSError:  # a name too long for a file
+        found = False
+    if not found:
         raise NpvlmError(
-            f"{model}: no such model; expected a checkpoint folder or one of the bundled models "
-            f"({', '.join(bundled)})."
+            f"{str(model)!r} is no model; expected a checkpoint folder or one of the bundled "
+            f"models ({', '.join(bundled)})."
         )
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config)
@@ -83,7 +86,8 @@ class Seconds:
 class Answer:
     """What the model says about a picture (or several at once), and how sure it was.
 
-    image : the picture as it was given, a list where several belong to one prompt
+    image : the picture as it was given, a list where one was given
+    prompt : as it was given
     text : the answer without special tokens
     token_ids : every generated id, an eos that ended it included
     logprobs : for each of them the natural logarithm of the model's own probability, after the
@@ -92,6 +96,7 @@ class Answer:
     stop : "eos" or "length"
     model : the model as it was named
     seed : of the random draws; None where the answer is greedy
+    seconds : of the packed call that this answer was part of
     """
 
     image: str | list[str]
@@ -107,7 +112,7 @@ class Answer:
 
     def to_json(self) -> str:
         """One line of JSON with these fields, from which every number reads back the same."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class _Sequence:
     """One answer in the making."""
 
     index: int
+    image: str | list[str]
     pictures: list[Picture]
     prompt: str
     ids: Index
@@ -131,14 +137,14 @@ class _Sequence:
     tokens: list[Token] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """An opened checkpoint: its config, memory-mapped weights, tokenizer and picture settings."""
 
     name: str
     config: Config
-    weights: Weights
-    tokenizer: Tokenizer
+    weights: Weights = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     preprocessor: Preprocessor
 
     def generate(
@@ -157,7 +163,7 @@ class Model:
         Parameters
         ----------
         images : one picture, or one per answer; a list in its place puts several pictures in front
-            of one prompt. A picture is a path or a PIL image
+            of one prompt. A picture is a path, an open binary file or a PIL image
         prompts : one for all pictures, or one for each
         max_tokens : most tokens of an answer, 1 or more
         temperature, top_k, top_p : greedy unless one is given; temperature 0 is greedy always
@@ -201,7 +207,7 @@ class Model:
     def logits(
         self, images: Picture | Sequence[Picture], prompt: str, answer_ids: Sequence[int]
     ) -> NDArray[np.float32]:
-        """Score a whole sequence without a cache: row t says what may follow token t.
+        """Score a whole sequence in one pass: row t says what may follow token t.
 
         Parameters
         ----------
@@ -217,8 +223,8 @@ class Model:
         if answer.ndim != 1 or np.any((answer < 0) | (answer >= vocabulary)):
             raise UsageError(f"answer_ids must be a list of ids from 0 to {vocabulary - 1}.")
         pictures = _as_list(images)
+        ids = self._layout(prompt, len(pictures), len(answer))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
-        ids = self._layout(prompt, len(pictures))
         w, config = self.weights, self.config
         return logits(ids, answer, features, w, config, ops=ops, tap=closed)
 
@@ -242,25 +248,27 @@ class Model:
         if sampling.greedy:
             seed = None
         elif seed is None:
-            seed = secrets.randbelow(2**32)
-        per_answer = [_as_list(entry) for entry in _as_list(images)]
-        prompts = [prompts] * len(per_answer) if isinstance(prompts, str) else list(prompts)
-        if len(prompts) != len(per_answer):
+            seed = draw_seed()
+        entries = _as_list(images)
+        prompts = [prompts] * len(entries) if isinstance(prompts, str) else list(prompts)
+        if len(prompts) != len(entries):
             raise UsageError(
-                f"{len(prompts)} prompts for {len(per_answer)} pictures; expected one prompt for "
+                f"{len(prompts)} prompts for {len(entries)} pictures; expected one prompt for "
                 "all, or one for each."
             )
-        sequences = [
-            _Sequence(
-                index,
-                pictures,
-                prompt,
-                self._layout(prompt, len(pictures)),
-                Chooser(sampling, seed),
-                TextStream(self.tokenizer),
+        sequences = []
+        for index, (entry, prompt) in enumerate(zip(entries, prompts, strict=True)):
+            pictures = _as_list(entry)
+            sequence = _Sequence(
+                index=index,
+                image=_name(entry) if _is_one(entry) else [_name(p) for p in pictures],
+                pictures=pictures,
+                prompt=prompt,
+                ids=self._layout(prompt, len(pictures), max_tokens),
+                chooser=Chooser(sampling, seed),
+                text=TextStream(self.tokenizer),
             )
-            for index, (pictures, prompt) in enumerate(zip(per_answer, prompts, strict=True))
-        ]
+            sequences.append(sequence)
         for pack in _packs(sequences):
             yield from self._answer(pack, max_tokens, seed)
 
@@ -300,10 +308,9 @@ class Model:
             yield self._finished(sequence, seed, seconds)
 
     def _finished(self, sequence: _Sequence, seed: int | None, seconds: Seconds) -> Answer:
-        names = [_name(picture) for picture in sequence.pictures]
         ids = [token.id for token in sequence.tokens]
         return Answer(
-            image=names[0] if len(names) == 1 else names,
+            image=sequence.image,
             prompt=sequence.prompt,
             text=self.tokenizer.decode(ids),
             token_ids=ids,
@@ -327,27 +334,41 @@ class Model:
         rgb = open_picture(picture)
         return pixel_values(rgb, self.preprocessor)
 
-    def _layout(self, prompt: str, pictures: int) -> Index:
+    def _layout(self, prompt: str, pictures: int, answer: int) -> Index:
         """The ids of one sequence; a typed `<image>` is dropped, the pictures come first anyway."""
         if pictures == 0:
             raise UsageError("PaliGemma needs a picture for every prompt; none was given.")
         text, _ = self.tokenizer.strip_image_marks(prompt)
-        return layout(self.tokenizer, text, pictures * self.config.vision_config.num_patches)
+        ids = layout(self.tokenizer, text, pictures * self.config.vision_config.num_patches)
+        most = self.config.text_config.max_position_embeddings
+        if len(ids) + answer > most:
+            raise UsageError(
+                f"{len(ids)} tokens of pictures and prompt and {answer} of the answer are too "
+                f"many, expected at most {most} together (max_position_embeddings of config.json)."
+            )
+        return ids
+
+
+def _is_one(value: Any) -> bool:
+    """Whether this is one picture, not several."""
+    return isinstance(value, (str, Path, Image.Image)) or hasattr(value, "read")
 
 
 def _as_list(value: Any) -> list[Any]:
-    """One thing or several, as a list."""
-    return [value] if isinstance(value, (str, Path, Image.Image)) else list(value)
+    """One picture or several, as a list."""
+    return [value] if _is_one(value) else list(value)
 
 
 def _key(picture: Picture) -> str | int:
-    """The same for the same picture: its path, or the identity of an image in memory."""
-    return id(picture) if isinstance(picture, Image.Image) else str(picture)
+    """The same for the same picture: its path, or the identity of one in memory."""
+    return str(picture) if isinstance(picture, (str, Path)) else id(picture)
 
 
 def _name(picture: Picture) -> str:
     """How an answer calls its picture."""
-    return getattr(picture, "filename", "") if isinstance(picture, Image.Image) else str(picture)
+    if isinstance(picture, (str, Path)):
+        return str(picture)
+    return str(getattr(picture, "filename", "") or getattr(picture, "name", ""))
 
 
 def _packs(sequences: list[_Sequence]) -> Iterator[list[_Sequence]]:

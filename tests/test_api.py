@@ -72,8 +72,11 @@ def test_a_picture_that_comes_twice_is_looked_at_once(model, pictures, monkeypat
 
 def test_pictures_in_memory_are_the_pictures_of_their_files(model, pictures) -> None:
     from_file = model.generate(pictures[0], PROMPTS[0])
-    from_memory = model.generate(Image.open(pictures[0]), PROMPTS[0])
-    assert what_was_said(from_file) == what_was_said(from_memory)
+    with Image.open(pictures[0]) as opened, pictures[0].open("rb") as stream:
+        from_memory = model.generate(opened, PROMPTS[0])
+        from_stream = model.generate(stream, PROMPTS[0])
+    assert what_was_said(from_file) == what_was_said(from_memory) == what_was_said(from_stream)
+    assert from_memory[0].image == from_stream[0].image == str(pictures[0])
 
 
 def test_stream_yields_pieces_that_join_to_the_text(model, pictures) -> None:
@@ -122,6 +125,9 @@ def test_json_keeps_numbers_and_text(model, pictures) -> None:
         ({"seed": -1}, "seed"),
         ({"temperature": float("nan")}, "temperature"),
         ({"images": [[]]}, "picture"),
+        ({"max_tokens": 10**30}, "at most 8192 together"),
+        ({"max_tokens": 8192}, "max_position_embeddings"),
+        ({"prompts": "word " * 9000}, "max_position_embeddings"),
         ({"prompts": "\ud800"}, "UTF-8"),
     ],
 )
@@ -137,6 +143,24 @@ def test_answer_ids_that_are_none_are_refused(model, pictures, ids) -> None:
         model.logits(pictures[0], "caption en", ids)
 
 
-def test_an_unknown_model_is_refused_with_the_names_there_are(tmp_path: Path) -> None:
-    with pytest.raises(npvlm.NpvlmError, match="shapes"):
-        npvlm.load(tmp_path / "absent")
+def test_logits_need_a_picture(model) -> None:
+    with pytest.raises(npvlm.UsageError, match="picture"):
+        model.logits([], "caption en", [])
+
+
+@pytest.mark.parametrize("name", ["absent", "a" * 5000, "two\nlines"])
+def test_an_unknown_model_is_refused_with_the_names_there_are(tmp_path: Path, name: str) -> None:
+    with pytest.raises(npvlm.NpvlmError, match="shapes") as caught:
+        npvlm.load(f"{tmp_path}/{name}/")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_one_picture_stays_a_list_in_the_answer(model, pictures) -> None:
+    one, listed = model.generate([pictures[0], [pictures[0]]], PROMPTS[1])
+    assert (one.image, listed.image) == (str(pictures[0]), [str(pictures[0])])
+    assert one.token_ids == listed.token_ids
+
+
+def test_a_model_prints_as_one_line(model) -> None:
+    assert "shapes" in repr(model) and len(repr(model)) < 2500
+    assert model != npvlm.load("shapes")

@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from npvlm.decoding import generate as generating
 from npvlm.decoding.generate import generate, logits
 from npvlm.decoding.sampling import Chooser, Sampling
+from npvlm.errors import NpvlmError
 from npvlm.model import paligemma
 from npvlm.model.cache import Rows, new_cache
 from npvlm.model.tap import closed
@@ -150,10 +152,43 @@ def test_float64_goes_through_the_whole_model(ops, config, weights) -> None:
     np.testing.assert_allclose(narrow, wide, atol=2e-5)
 
 
-def test_the_cache_never_holds_more_than_its_sequences_need(config) -> None:
-    cache = new_cache(config.text_config, 12, np.float32)
-    assert len(cache) == config.text_config.num_hidden_layers
-    assert cache[0].keys.shape == cache[0].values.shape == (12, 2, 10)
+def test_the_cache_has_a_row_for_every_token_that_is_read_and_no_more(
+    ops, config, weights, monkeypatch
+) -> None:
+    """Of an answer all tokens are read but the last."""
+    caches = []
+
+    def kept(*arguments):
+        caches.append(new_cache(*arguments))
+        return caches[-1]
+
+    monkeypatch.setattr(generating, "new_cache", kept)
+    prompts = [tiny_prompt(config, n, seed=n) for n in (4, 6)]
+    features = features_of(tiny_pixels(config, 2), weights, config, ops)
+    answer(prompts, features, weights, config, ops, max_tokens=3)
+    [cache] = caches
+    rows = sum(len(prompt) + 2 for prompt in prompts)
+    assert [layer.keys.shape for layer in cache] == [(rows, 2, 10)] * 4
+    assert all(layer.keys.any(axis=(1, 2)).all() for layer in cache)
+
+
+def test_any_of_several_stop_ids_ends_an_answer(ops, config, weights) -> None:
+    prompt = tiny_prompt(config, 4)
+    features = features_of(tiny_pixels(config, 1), weights, config, ops)
+    [ids], _ = answer([prompt], features, weights, config, ops, sampling=DRAWN)
+    stops = replace(config, eos_token_ids=(0, ids[2]))
+    assert ids[2] not in ids[:2]
+    [stopped], _ = answer([prompt], features, weights, stops, ops, sampling=DRAWN)
+    assert stopped == ids[:3]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_said(ops, config, weights, bad) -> None:
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    weights[name][3, 2] = bad
+    features = features_of(tiny_pixels(config, 1), weights, config, ops)
+    with np.errstate(all="ignore"), pytest.raises(NpvlmError, match="damaged"):
+        answer([tiny_prompt(config, 4)], features, weights, config, ops)
 
 
 class Poisoned:

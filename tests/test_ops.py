@@ -87,6 +87,12 @@ def test_rms_norm_changes_only_the_length_when_its_weight_is_zero(ops, rng) -> N
     np.testing.assert_allclose(ops.rms_norm(x, np.full(40, 0.5), 1e-6), 1.5 * y, rtol=1e-12)
 
 
+def test_norms_add_eps_to_the_mean_square(ops) -> None:
+    x = np.array([[3.0, -3.0]])
+    np.testing.assert_allclose(ops.rms_norm(x, np.zeros(2), 16.0), x / 5, rtol=1e-15)
+    np.testing.assert_allclose(ops.layer_norm(x, np.ones(2), np.zeros(2), 16.0), x / 5, rtol=1e-15)
+
+
 def test_norms_keep_a_row_of_zeros_finite(ops) -> None:
     zeros, ones = np.zeros((1, 6), np.float32), np.ones(6, np.float32)
     assert not ops.rms_norm(zeros, ones, 1e-6).any()
@@ -104,6 +110,9 @@ def test_rope_turns_dimension_j_with_j_plus_half_by_the_papers_angle(ops) -> Non
     angle = 9 * 10000.0 ** (-2 * 1 / 6)
     expected = [0, math.cos(angle), 0, 0, math.sin(angle), 0]
     np.testing.assert_allclose(ops.rope(x, np.array([9]), 10000.0)[0, 0], expected, atol=1e-15)
+    slower = 9 * 50.0 ** (-2 * 1 / 6)
+    expected = [0, math.cos(slower), 0, 0, math.sin(slower), 0]
+    np.testing.assert_allclose(ops.rope(x, np.array([9]), 50.0)[0, 0], expected, atol=1e-15)
 
 
 def test_rope_makes_scores_depend_on_the_distance_alone(ops, rng) -> None:
@@ -161,6 +170,13 @@ def test_attend_is_blind_to_rows_outside_the_interval(ops, rng) -> None:
     seen = ops.attend(q, k, v, first, last, 1.0)
     k[0], v[0], k[3], v[3] = np.nan, np.nan, np.inf, np.inf
     np.testing.assert_array_equal(ops.attend(q, k, v, first, last, 1.0), seen)
+
+
+def test_sequences_are_told_apart_by_what_they_see(ops) -> None:
+    first = np.array([0, 0, 0, 5, 5, 9, 20, 22])
+    last = np.array([3, 3, 4, 8, 8, 10, 24, 25])
+    runs = [(run.start, run.stop) for run in ops.sequences(first, last)]
+    assert runs == [(0, 3), (3, 5), (5, 6), (6, 8)]
 
 
 def test_gelu_follows_its_formula_and_limits(ops) -> None:

@@ -352,6 +352,21 @@ def test_steps_that_npvlm_does_not_take_are_refused(
     assert "\n" not in said
 
 
+def test_the_file_that_newer_releases_save_is_read_where_it_is_alone(tmp_path: Path) -> None:
+    config = parse_config(paligemma(224))
+    published = read_preprocessor(written(tmp_path, {}), config)
+    path = tmp_path / "preprocessor_config.json"
+    inner = json.loads(path.read_text())
+    newer = {"image_processor": inner, "processor_class": "PaliGemmaProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(newer | {"image_processor": 5}))
+    assert read_preprocessor(tmp_path, config) == published
+    path.unlink()
+    with pytest.raises(NpvlmError, match="image_processor is 5"):
+        read_preprocessor(tmp_path, config)
+    (tmp_path / "processor_config.json").write_text(json.dumps(newer))
+    assert read_preprocessor(tmp_path, config) == published
+
+
 def test_a_missing_preprocessor_file_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(NpvlmError, match=r"preprocessor_config\.json is missing"):
         read_preprocessor(tmp_path, parse_config(paligemma(224)))

@@ -56,6 +56,11 @@ def test_top_p_keeps_the_fewest_that_reach_p(p: float, ids: list[int]) -> None:
     assert list(kept(Sampling(top_p=p))) == ids
 
 
+def test_top_p_drops_what_is_not_needed_to_reach_p_exactly() -> None:
+    assert len(kept(Sampling(top_p=0.5), np.zeros(4))) == 2
+    assert len(kept(Sampling(top_p=0.75), np.zeros(4))) == 3
+
+
 def test_filters_come_in_the_order_temperature_top_k_top_p() -> None:
     # After top-k 2 the two have 0.615 and 0.385: top-p 0.6 then keeps one; before it, three.
     assert list(kept(Sampling(top_k=2, top_p=0.6))) == [1]
@@ -87,7 +92,8 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
 
 
 def test_log_softmax_is_exact_far_from_zero() -> None:
-    np.testing.assert_allclose(log_softmax(np.array([1e4, 1e4])), [-math.log(2)] * 2)
+    halves = log_softmax(np.array([1e4, 1e4], np.float32))
+    np.testing.assert_allclose(halves, [-math.log(2)] * 2, rtol=1e-15)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 
 BINS = 1024  # a location token counts 1024ths of the picture's height or width
-_BOX = re.compile(r"((?:<loc\d{4}>){4}) ?([^<;]*)")
+_LOC = r"<loc(?:0\d{3}|10[01]\d|102[0-3])>"
+_BOX = re.compile(rf"((?:{_LOC}){{4}}) ?([^<;]*)")
 
 
 @dataclass(frozen=True)

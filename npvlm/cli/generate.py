@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("images", nargs=-1, metavar="IMAGE...")
-@click.option("--image_file_path", "more_images", multiple=True, help="Another IMAGE.")
+@click.option(
+    "--image_file_path", "more_images", multiple=True, help="An IMAGE more, after the others."
+)
 @click.option("--prompt", required=True, help='What to do, such as "caption en".')
 @model_option
 @click.option(
@@ -84,15 +86,19 @@ def generate(
         top_p = 0.9 if top_p is None else top_p
 
     from npvlm.api import load
-    from npvlm.decoding.sampling import Sampling
+    from npvlm.decoding.sampling import Sampling, draw_seed
 
+    sampling = Sampling(temperature, top_k, top_p)
+    if seed is None and not sampling.greedy:
+        seed = draw_seed()
+        click.echo(f"npvlm: seed {seed}", err=True)
     if only_cpu is False:
         click.echo("npvlm: --only_cpu False changes nothing: npvlm runs on the CPU.", err=True)
     answer(
         load(model),
         [pictures] if together else pictures,
         prompt,
-        Sampling(temperature, top_k, top_p),
+        sampling,
         max_tokens,
         seed,
         as_json,
@@ -115,15 +121,11 @@ def answer(
         note = f"npvlm: {removed} <image> removed from the prompt; pictures go first anyway."
         click.echo(note, err=True)
     streaming = len(pictures) == 1 and not as_json
-    told = seed is not None or sampling.greedy
     for event in model.events(pictures, prompt, sampling, max_tokens=max_tokens, seed=seed):
         if isinstance(event, Piece):
             if streaming:
                 click.echo(event.text, nl=False)
             continue
-        if not told:
-            click.echo(f"npvlm: seed {event.seed}", err=True)
-            told = True
         click.echo(event.to_json() if as_json else "" if streaming else _line(event))
 
 

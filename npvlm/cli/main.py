@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 from typing import NoReturn
 
@@ -38,6 +39,8 @@ npvlm.add_command(generate)
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
     signal.signal(signal.SIGTERM, _terminated)
+    # Numbers that overflow are met where they matter; a warning with a source line helps no one.
+    warnings.simplefilter("ignore", RuntimeWarning)
     for stream in (sys.stdout, sys.stderr):
         # A path need not be UTF-8; in JSON this is the escape of such a byte.
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
@@ -51,8 +54,11 @@ def _run() -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
-        error.show()
-        return 2
+        command = (
+            error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+        )
+        hint = f" (see {command} --help)" if command else ""
+        return _fail(error.format_message() + hint, 2)
     except NpvlmError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):

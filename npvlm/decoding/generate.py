@@ -13,6 +13,7 @@ import numpy as np
 
 from npvlm.config import Config
 from npvlm.decoding.sampling import log_softmax
+from npvlm.errors import NpvlmError
 from npvlm.model import gemma, paligemma
 from npvlm.model.cache import Rows, new_cache
 from npvlm.model.ops import Index
@@ -50,9 +51,14 @@ def generate(
     features : image features [M, D] of all sequences, in their order
     choosers : for each sequence a function from logits [V] to an id
     max_tokens : at least 1; a sequence ends there or with one of config.eos_token_ids
+
+    Raises
+    ------
+    NpvlmError
+        Where the weights make scores that are no numbers.
     """
     lengths = [len(ids) for ids in prompts]
-    starts = np.cumsum([0] + [length + max_tokens for length in lengths])
+    starts = np.cumsum([0] + [n + max_tokens - 1 for n in lengths])  # the last token is not read
     cache = new_cache(config.text_config, int(starts[-1]), features.dtype)
     text = w.scope("language_model")
 
@@ -65,6 +71,10 @@ def generate(
         scores = paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap)  # [live, V]
         tokens = []
         for i, row in zip(live, scores, strict=True):
+            if not np.isfinite(row).all():
+                raise NpvlmError(
+                    "the model's scores are not finite, expected numbers; are its weights damaged?"
+                )
             chosen = choosers[i](row)
             tokens.append(Token(i, chosen, float(log_softmax(row)[chosen])))
         yield tokens

@@ -20,7 +20,7 @@ class Tokenizer(Protocol):
     def image_id(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
-    def is_byte(self, token_id: int) -> bool: ...
+    def is_whole(self, token_id: int) -> bool: ...
 
 
 def layout(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> Index:
@@ -52,16 +52,15 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._shown = 0
+        self._held: list[int] = []
 
     def add(self, token: int) -> str:
         """What the next token adds to the text that is certain."""
-        self._ids.append(token)
-        return "" if self._tokenizer.is_byte(token) else self.finish()
+        self._held.append(token)
+        return self.finish() if self._tokenizer.is_whole(token) else ""
 
     def finish(self) -> str:
         """What was still held back."""
-        piece = self._tokenizer.decode(self._ids)[self._shown :]
-        self._shown += len(piece)
-        return piece
+        text = self._tokenizer.decode(self._held)
+        self._held = []
+        return text

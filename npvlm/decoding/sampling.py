@@ -6,6 +6,7 @@ Axis letters: V vocabulary.
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +48,8 @@ class Sampling:
         """The distribution that is drawn from: temperature, then top-k, then top-p.
 
         logits [V] -> [V]
-        Source: the order and the rules for ties of transformers' logits processors.
+        Source: transformers' logits processors, in their order. Which of several equal logits
+        top-p drops is left open there; here it is the first ones.
         """
         scores = logits.astype(np.float64) - np.max(logits)
         if self.temperature is not None:
@@ -83,6 +85,11 @@ class Chooser:
         reached = np.cumsum(self._sampling.probabilities(logits))
         drawn = self._random.random() * reached[-1]
         return int(np.searchsorted(reached, drawn, side="right"))
+
+
+def draw_seed() -> int:
+    """A seed for those who named none."""
+    return secrets.randbelow(2**32)
 
 
 def log_softmax(logits: Array) -> NDArray[np.float64]:

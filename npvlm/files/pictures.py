@@ -56,6 +56,8 @@ def open_picture(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
     NpvlmError
         No such file, no picture, a damaged or an absurdly large one.
     """
+    if isinstance(source, str) and not source:
+        raise NpvlmError("a picture's name is empty, expected the path of a file")
     if isinstance(source, str | Path):
         said = str(source) if str(source).isprintable() else ascii(str(source))
         _check_file(Path(source), said)
@@ -137,7 +139,8 @@ def read_preprocessor(folder: Path, config: Config) -> Preprocessor:
     Parameters
     ----------
     folder : Path
-        Holds preprocessor_config.json.
+        Holds preprocessor_config.json as published, or processor_config.json as newer releases
+        of transformers save it, which has the same fields under image_processor.
     config : Config
         Its image_size must be the one that the file asks for.
 
@@ -150,8 +153,12 @@ def read_preprocessor(folder: Path, config: Config) -> Preprocessor:
     NpvlmError
         No such file, or a step in it that npvlm does not take.
     """
-    path = folder / "preprocessor_config.json"
-    fields = Fields(read_json(path), f"{path}: ", {"rescale_factor": 1 / 255, "resample": 3})
+    path, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    where, values = f"{path}: ", None
+    if newer.is_file() and not path.exists():
+        path, where = newer, f"{newer}: image_processor."
+        values = Fields(read_json(newer), f"{newer}: ").part("image_processor", {})
+    fields = Fields(values or read_json(path), where, {"rescale_factor": 1 / 255, "resample": 3})
     for step in ("do_resize", "do_rescale", "do_normalize"):
         fields.one_of(step, (True,), "npvlm resizes, rescales and normalizes every picture")
     for step in ("do_center_crop", "do_pad"):

@@ -89,10 +89,10 @@ class Tokenizer:
         text = []
         held = bytearray()
         for token_id in ids:
-            piece = "" if token_id in self._silent else self.piece(token_id)
+            piece = self._said(token_id)
             if not piece:
                 continue
-            if self.is_byte(token_id):
+            if _is_byte(piece):
                 held.append(int(piece[3:5], 16))
                 continue
             text.append(_characters(held))
@@ -100,14 +100,10 @@ class Tokenizer:
             text.append("\t" if piece == _TAB else piece.replace(_SPACE, " "))
         return "".join(text) + _characters(held)
 
-    def is_byte(self, token_id: int) -> bool:
-        """Tell whether an id stands for one byte of a character.
-
-        The tab does not, although its piece is a byte's: in the published vocabularies it is the
-        character itself, and so ends a run of bytes.
-        """
-        piece = self.piece(token_id)
-        return piece != _TAB and _BYTE.fullmatch(piece) is not None
+    def is_whole(self, token_id: int) -> bool:
+        """Tell whether an id says whole characters: neither one byte of one, nor nothing."""
+        piece = self._said(token_id)
+        return bool(piece) and not _is_byte(piece)
 
     def piece(self, token_id: int) -> str:
         """Return the piece of an id as the vocabulary spells it, or "" where it has none."""
@@ -124,6 +120,10 @@ class Tokenizer:
             count += text.count(IMAGE)
             text = text.replace(IMAGE, "")
         return text, count
+
+    def _said(self, token_id: int) -> str:
+        """The piece of an id, or "" where it says nothing."""
+        return "" if token_id in self._silent else self.piece(token_id)
 
     def _has(self, piece: str) -> bool:
         return piece in self._added or _piece_id(self._pieces, piece) is not None
@@ -277,6 +277,15 @@ def _piece_id(pieces: SentencePieceProcessor, piece: str) -> int | None:
     except UnicodeEncodeError:
         return None
     return found if found >= 0 and pieces.id_to_piece(found) == piece else None
+
+
+def _is_byte(piece: str) -> bool:
+    """Tell whether a piece is one byte of a character.
+
+    The tab is not, although it is spelled so: in the published vocabularies it is the character
+    itself, and ends a run of bytes.
+    """
+    return piece != _TAB and _BYTE.fullmatch(piece) is not None
 
 
 def _characters(held: bytearray) -> str:

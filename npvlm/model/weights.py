@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BFloat16:
     """Numbers in bfloat16, kept as their 16 bits: the upper half of a float32.
 
