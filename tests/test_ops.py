@@ -52,6 +52,7 @@ def test_linear_is_the_product_with_the_unpacked_weight_in_every_block(
     ops, rng, kind, monkeypatch
 ) -> None:
     monkeypatch.setattr(ops, "BLOCK", 30)  # several blocks, the last one short
+    monkeypatch.setattr(ops, "RUN", 4)  # several runs, the last one short
     x, w = rng.standard_normal((5, 9)), rng.standard_normal((11, 9))
     stored = bf16(w) if kind == "bfloat16" else w.astype(kind)
     bias = rng.standard_normal(11)
