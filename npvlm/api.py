@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,7 +33,9 @@ from npvlm.model.weights import Array, Weights
 Picture = str | Path | BinaryIO | Image.Image
 
 BUNDLED = Path(__file__).parent / "bundled"
-PACKED_TOKENS = 4096  # prefix tokens read together: bounds the memory of a packed prefill
+# Sequences answered together, and prefix tokens read together: more would be faster still, but the
+# first answer is there only when all are, and a prefill takes memory for every token.
+PACKED_SEQUENCES, PACKED_TOKENS = 8, 4096
 
 
 def load(model: str | Path = "shapes") -> Model:
@@ -50,15 +52,15 @@ def load(model: str | Path = "shapes") -> Model:
         In one sentence: what is missing or wrong in the folder.
     """
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
-    folder = BUNDLED / model if str(model) in bundled else Path(model)
+    folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
     try:
-        found = folder.is_dir()
+        found = folder.is_dir() and str(model) != ""
     except OSError:  # a name too long for a file
         found = False
     if not found:
         raise NpvlmError(
-            f"{str(model)!r} is no model; expected a checkpoint folder or one of the bundled "
-            f"models ({', '.join(bundled)})."
+            f"{str(model)!r} is no model; expected a checkpoint folder (npvlm downloads nothing) "
+            f"or one of the bundled models ({', '.join(bundled)})."
         )
     config = read_config(folder)
     tokenizer = load_tokenizer(folder, config)
@@ -112,7 +114,8 @@ class Answer:
 
     def to_json(self) -> str:
         """One line of JSON with these fields, from which every number reads back the same."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        text = json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        return text.encode("utf-8", "backslashreplace").decode()  # as JSON escapes such bytes
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,9 @@ class Model:
 
         Pictures are read when their turn comes, so any number of them fits in memory.
         """
+        for name, number in (("max_tokens", max_tokens), ("seed", seed)):
+            if type(number) is not int and (name, number) != ("seed", None):
+                raise UsageError(f"{name} is {number!r}, expected a whole number.")
         if max_tokens < 1:
             raise UsageError(f"max_tokens is {max_tokens}, expected 1 or more.")
         if seed is not None and seed < 0:
@@ -251,6 +257,8 @@ class Model:
             seed = draw_seed()
         entries = _as_list(images)
         prompts = [prompts] * len(entries) if isinstance(prompts, str) else list(prompts)
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise UsageError("prompts hold something that is no text, expected one or several.")
         if len(prompts) != len(entries):
             raise UsageError(
                 f"{len(prompts)} prompts for {len(entries)} pictures; expected one prompt for "
@@ -356,7 +364,12 @@ def _is_one(value: Any) -> bool:
 
 def _as_list(value: Any) -> list[Any]:
     """One picture or several, as a list."""
-    return [value] if _is_one(value) else list(value)
+    if _is_one(value):
+        return [value]
+    if isinstance(value, Iterable) and not hasattr(value, "__array__"):
+        return list(value)
+    kind = type(value).__name__
+    raise UsageError(f"a picture is of type {kind}, expected a path, an open file or a PIL image.")
 
 
 def _key(picture: Picture) -> str | int:
@@ -372,10 +385,11 @@ def _name(picture: Picture) -> str:
 
 
 def _packs(sequences: list[_Sequence]) -> Iterator[list[_Sequence]]:
-    """Neighbours whose prefixes fit together into PACKED_TOKENS; one alone may be longer."""
+    """Neighbours that are few enough and fit together; one alone may be longer."""
     pack: list[_Sequence] = []
     for sequence in sequences:
-        if pack and sum(len(s.ids) for s in [*pack, sequence]) > PACKED_TOKENS:
+        tokens = sum(len(s.ids) for s in [*pack, sequence])
+        if pack and (len(pack) == PACKED_SEQUENCES or tokens > PACKED_TOKENS):
             yield pack
             pack = []
         pack.append(sequence)

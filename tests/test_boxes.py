@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from npvlm.answers.boxes import Box, parse_boxes
 from npvlm.answers.drawing import PAPER, draw_boxes
-from npvlm.errors import NpvlmError
+from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.output import save_picture
 
 
@@ -59,6 +60,14 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with Image.open(target) as read:
         assert read.size == (3, 2) and read.getpixel((0, 0)) == (255, 0, 0)
 
+    link = tmp_path / "link.png"
+    link.symlink_to(target)
+    save_picture(Image.new("RGB", (4, 2), "red"), link)
+    with Image.open(target) as read:
+        assert read.size == (4, 2)
+    assert link.is_symlink()
+    link.unlink()
+
     class Broken(Image.Image):
         def save(self, file, *args, **kwargs):
             file.write(b"half")
@@ -69,3 +78,12 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         save_picture(Broken(), target)
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_only_a_png_in_a_regular_file_is_written(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(NpvlmError, match="no regular file"):
+        save_picture(Image.new("RGB", (3, 2)), tmp_path / "pipe.png")
+    with pytest.raises(UsageError, match=r"ends in \.png"):
+        save_picture(Image.new("RGB", (3, 2)), tmp_path / "out.jpg")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe.png"]

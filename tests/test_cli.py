@@ -22,8 +22,7 @@ QUESTION = "answer en how many shapes?"
 
 def run(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
-    environment = {k: v for k, v in os.environ.items() if k != "NPVLM_MODEL"}
-    environment |= options.pop("env", {})
+    environment = os.environ | {"NPVLM_MODEL": "shapes"} | options.pop("env", {})
     return subprocess.run(
         [*CLI, *map(str, arguments)],
         capture_output=True,
@@ -179,6 +178,12 @@ def test_the_model_comes_from_the_environment_unless_named(photo: Path, tmp_path
     assert named.returncode == 0
 
 
+def test_without_a_model_the_toy_answers_and_says_that_it_is_one(photo: Path) -> None:
+    result = run("generate", photo, "--prompt", QUESTION, env={"NPVLM_MODEL": ""})
+    assert result.returncode == 0 and "toy" in one_line(result)
+    assert result.stdout == run("generate", photo, "--prompt", QUESTION).stdout
+
+
 def test_an_image_mark_in_the_prompt_is_removed_and_said(photo: Path) -> None:
     marked = run("generate", photo, "--prompt", f"<image>{QUESTION}")
     assert "<image> removed" in one_line(marked)
@@ -219,7 +224,7 @@ def test_threads_reach_the_libraries_before_numpy_is_imported() -> None:
     ],
 )
 def test_bad_use_exits_with_2_and_names_the_flag(options: list[str], says: str) -> None:
-    pictures = ["x.png"] if options else []
+    pictures = ["x.png"] if options else []  # with no options, IMAGE is what is missing
     result = run("generate", *pictures, "--prompt", "caption en", *options)
     assert result.returncode == 2
     assert says in one_line(result) and "--help" in one_line(result)
@@ -233,7 +238,7 @@ def test_more_tokens_than_the_model_has_places_for_is_bad_use(photo: Path) -> No
 
 def test_a_prompt_that_is_no_utf8_exits_with_2(photo: Path) -> None:
     result = subprocess.run(
-        [*CLI, "generate", str(photo), "--prompt", b"caption \xff\xfe"],
+        [*CLI, "generate", str(photo), "--prompt", b"caption \xff\xfe", "--model", "shapes"],
         capture_output=True,
         check=False,
     )
@@ -258,7 +263,15 @@ def test_a_picture_that_is_none_exits_with_3(tmp_path: Path) -> None:
 
 def test_ctrl_c_exits_with_130_and_sigterm_with_143(photo: Path) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        command = [*CLI, "generate", *[str(photo)] * 2000, "--prompt", "caption en"]
+        command = [
+            *CLI,
+            "generate",
+            *[str(photo)] * 2000,
+            "--prompt",
+            "caption en",
+            "--model",
+            "shapes",
+        ]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -271,7 +284,7 @@ def test_ctrl_c_exits_with_130_and_sigterm_with_143(photo: Path) -> None:
 
 
 def test_a_closed_pipe_ends_quietly(photo: Path) -> None:
-    command = [*CLI, "generate", *[str(photo)] * 300, "--prompt", QUESTION]
+    command = [*CLI, "generate", *[str(photo)] * 300, "--prompt", QUESTION, "--model", "shapes"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -285,7 +298,7 @@ def test_a_closed_pipe_ends_quietly(photo: Path) -> None:
 def test_a_full_disk_is_said_in_one_line(photo: Path) -> None:
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
-            [*CLI, "generate", str(photo), "--prompt", QUESTION],
+            [*CLI, "generate", str(photo), "--prompt", QUESTION, "--model", "shapes"],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -311,7 +324,41 @@ def test_the_demo_says_where_it_cannot_write(tmp_path: Path) -> None:
         result = run("demo", "-o", output)
         assert result.returncode == 3 and str(output) in one_line(result)
     assert run("demo", "-o", tmp_path).returncode == 2
+    wrong = run("demo", "-o", tmp_path / "x.jpg")
+    assert wrong.returncode == 2 and ".png" in one_line(wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_missing_prompt_is_said_with_an_example(photo: Path) -> None:
+    result = run("generate", photo, "caption en")
+    assert result.returncode == 2 and '--prompt "caption en"' in one_line(result)
+
+
+def test_the_bare_command_prints_its_help() -> None:
+    result = run()
+    assert result.returncode == 2
+    assert result.stderr.startswith("Usage: ")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell that closes files")
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stdout_or_stderr_is_no_error(photo: Path, closed: str) -> None:
+    line = f'"$@" {closed}'
+    command = [*CLI, "generate", str(photo), "--prompt", QUESTION, "--model", "shapes"]
+    result = subprocess.run(["sh", "-c", line, "sh", *command], capture_output=True, check=False)
+    assert result.returncode == 0
+    assert result.stderr == b""
+    assert bool(result.stdout) == (closed == "2>&-")
+
+
+def test_a_path_that_is_no_utf8_comes_out_as_it_went_in(photo: Path) -> None:
+    odd = os.fsencode(photo.parent) + b"/odd\xff.png"
+    Path(os.fsdecode(odd)).write_bytes(photo.read_bytes())
+    command = [*CLI, "generate", odd, photo, "--prompt", QUESTION, "--model", "shapes"]
+    lines = subprocess.run(command, capture_output=True, check=True).stdout.splitlines()
+    assert lines[0].startswith(odd + b"\t")
+    output = subprocess.run([*command, "--json"], capture_output=True, check=True).stdout
+    assert json.loads(output.splitlines()[0])["image"] == os.fsdecode(odd)
 
 
 def test_help_and_version_answer_without_a_model() -> None:

@@ -23,4 +23,8 @@ def demo(output: Path) -> None:
     shown = run_demo(output)
     for prompt, text in shown.answers:
         click.echo(f"{prompt}\n    {text}")
-    click.echo(f"{shown.boxes} boxes drawn on {output} ({shown.seconds:.1f} s).", err=True)
+    for box in shown.boxes:
+        place = f"x {box.x0:.0f} to {box.x1:.0f}, y {box.y0:.0f} to {box.y1:.0f}"
+        click.echo(f"    {box.label}: {place}")
+    count = len(shown.boxes)
+    click.echo(f"{count} boxes drawn on {output} ({shown.seconds:.1f} s).", err=True)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option(
     "--image_file_path", "more_images", multiple=True, help="An IMAGE more, after the others."
 )
-@click.option("--prompt", required=True, help='What to do, such as "caption en".')
+@click.option("--prompt", help='What to do, such as "caption en".  [required]')
 @model_option
 @click.option(
     "--max-tokens",
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
 def generate(
     images: tuple[str, ...],
     more_images: tuple[str, ...],
-    prompt: str,
-    model: str,
+    prompt: str | None,
+    model: str | None,
     max_tokens: int,
     temperature: float | None,
     top_k: int | None,
@@ -79,6 +79,8 @@ def generate(
     pictures = [*images, *more_images]
     if not pictures:
         raise click.UsageError("Missing IMAGE: name at least one picture.")
+    if prompt is None:
+        raise click.UsageError('Missing --prompt, such as --prompt "caption en".')
     if do_sample is False:
         temperature = 0.0
     elif do_sample:
@@ -94,6 +96,10 @@ def generate(
         click.echo(f"npvlm: seed {seed}", err=True)
     if only_cpu is False:
         click.echo("npvlm: --only_cpu False changes nothing: npvlm runs on the CPU.", err=True)
+    if model is None:
+        model = "shapes"
+        note = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
+        click.echo(f"npvlm: {note}", err=True)
     answer(
         load(model),
         [pictures] if together else pictures,

@@ -17,8 +17,8 @@ from npvlm.cli.generate import generate
 from npvlm.errors import NpvlmError
 
 EXIT_CODES = """\b
-Exit codes: 0 fine, 2 bad use, 3 a model, file or machine problem,
-130 Ctrl-C, 143 SIGTERM."""
+Exit codes: 0 fine, 1 a check found a difference, 2 bad use,
+3 a model, file or machine problem, 130 Ctrl-C, 143 SIGTERM."""
 
 
 @click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,8 +42,9 @@ def main() -> NoReturn:
     # Numbers that overflow are met where they matter; a warning with a source line helps no one.
     warnings.simplefilter("ignore", RuntimeWarning)
     for stream in (sys.stdout, sys.stderr):
-        # A path need not be UTF-8; in JSON this is the escape of such a byte.
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+        if stream is not None:  # as it is where the shell closed it
+            # A path need not be UTF-8; its bytes come out as they went in.
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     sys.exit(_run())
 
 
@@ -51,8 +52,12 @@ def _run() -> int:
     """Run the command and name its exit code."""
     try:
         code = npvlm.main(standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
     except click.ClickException as error:
         command = (
             error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""

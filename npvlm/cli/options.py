@@ -21,6 +21,8 @@ _THREAD_VARIABLES = (
 class Finite(click.FloatRange):
     """A number in a range; unlike click's own type it refuses nan and inf."""
 
+    name = "number"
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
@@ -55,7 +57,6 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--model_path",
         "model",
         envvar="NPVLM_MODEL",
-        default="shapes",
         metavar="NAME|FOLDER",
         help="A bundled model or a checkpoint folder.  [default: $NPVLM_MODEL, else shapes]",
     )(command)

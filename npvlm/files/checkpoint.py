@@ -7,6 +7,7 @@ the tensors are read from the same header, and each weight is a read-only view o
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,7 +36,10 @@ _OTHER_FORMATS = (
     "*.h5",
     "*.msgpack",
 )
-_LISTED = 8
+_POINTER = b"version https://git-lfs"
+_LISTED = 3
+_KINDS = 60  # tensors named in a message, those of several layers counted once
+_NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,11 @@ def _read_header(file: Path) -> list[_Stored]:
     if not file.is_file():
         raise NpvlmError(f"{file} is no regular file; copy the checkpoint again")
     try:
+        with file.open("rb") as stream:
+            if stream.read(len(_POINTER)) == _POINTER:
+                raise NpvlmError(
+                    f"{file} is a pointer of git LFS; fetch the file with git lfs pull"
+                )
         with safe_open(file, framework="numpy"):
             pass
         with file.open("rb") as stream:
@@ -193,13 +202,13 @@ def _check(folder: Path, stored: dict[str, _Stored], expected: Shapes, config: C
     misshapen = [name for name in there if stored[name].shape != expected[name]]
     unread = [name for name in there if stored[name].dtype not in _DTYPES]
 
-    shapes = [f"{n} is {list(stored[n].shape)}, expected {list(expected[n])}" for n in misshapen]
-    types = [f"{n} is {stored[n].dtype}, expected F32, F16 or BF16" for n in unread]
+    shapes = {n: f" is {list(stored[n].shape)}, expected {list(expected[n])}" for n in misshapen}
+    types = {n: f" is {stored[n].dtype}, expected F32, F16 or BF16" for n in unread}
     faults = [
-        f"{len(names)} {what} ({_listed(names)})"
+        f"{len(names)} {what} ({_all_of(names)})"
         for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
+            ("missing", dict.fromkeys(missing, "")),
+            ("unexpected", dict.fromkeys(unexpected, "")),
             ("of another shape", shapes),
             ("of another type", types),
         )
@@ -239,6 +248,31 @@ def _twice(first: _Stored, second: _Stored) -> NpvlmError:
     here = f"{first.name} in {first.file}"
     there = f"{second.name} in {second.file.name}"
     return NpvlmError(f"{here} and {there} are the same tensor, expected one; remove the other")
+
+
+def _all_of(names: dict[str, str]) -> str:
+    """Name all tensors, each with what is said of it; those of several layers share a name."""
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for name, says in names.items():
+        found = _NUMBER.search(name)
+        pattern = _NUMBER.sub("*", name, count=1)
+        numbers.setdefault((pattern, says), []).extend([int(found[0])] if found else [])
+    return _listed(
+        (pattern.replace("*", _ranges(at), 1) + says for (pattern, says), at in numbers.items()),
+        _KINDS,
+    )
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Write numbers as {0-3,5}, one alone as it is."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    said = ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)
+    return said if len(numbers) < 2 else f"{{{said}}}"
 
 
 def _listed(names: Iterable[str], most: int = _LISTED) -> str:

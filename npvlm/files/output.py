@@ -8,17 +8,26 @@ from pathlib import Path
 
 from PIL import Image
 
-from npvlm.errors import NpvlmError
+from npvlm.errors import NpvlmError, UsageError
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG: first beside its place under another name, then moved there in one step.
 
+    A link is followed to the file that it names.
+
     Raises
     ------
+    UsageError
+        For a name that does not end in .png.
     NpvlmError
         Where it cannot be written; nothing is left behind then.
     """
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{path} is no name for the picture, expected one that ends in .png.")
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise NpvlmError(f"{path} is no regular file, expected a place for a PNG.")
     draft = None
     try:
         handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

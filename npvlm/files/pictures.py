@@ -190,6 +190,8 @@ def _check_file(path: Path, said: str) -> None:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        if any(mark in said for mark in "*?["):
+            reason += "; does no file match the pattern?"
         raise NpvlmError(f"{said} cannot be opened: {reason}") from None
     if stat.S_ISDIR(mode):
         raise NpvlmError(f"{said} is a folder, expected a picture")

@@ -23,7 +23,6 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TAB = "<0x09>"
 _SPACE = "\u2581"
 _LONGEST_RUN = 31
-_EXTRA_PIECES = 1024 + 128  # <loc0000> ... and <seg000> ...
 
 
 class Tokenizer:
@@ -166,14 +165,16 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
         named = ", ".join("a newline" if piece == "\n" else piece for piece in missing)
         raise NpvlmError(f"{path} has no piece for {named}; is it the tokenizer of another model?")
 
-    image_id = config.image_token_index
-    gap = image_id - len(pieces)
-    if gap >= _EXTRA_PIECES and _piece_id(pieces, "<loc0000>") is None:
-        raise NpvlmError(
-            f"{path} has {len(pieces)} pieces and no <loc0000> among them: it is Gemma's; "
-            "take the tokenizer.model that was published with PaliGemma"
-        )
     added = _read_added(folder, pieces)
+    image_id = config.image_token_index
+    known = set(added.values())
+    unknown = next((i for i in range(len(pieces), image_id) if i not in known), None)
+    if unknown is not None:
+        raise NpvlmError(
+            f"{path} has {len(pieces)} pieces and none for the id {unknown}, expected one for "
+            f"each below {image_id}, the image_token_index of config.json; take the "
+            "tokenizer.model that was published with this PaliGemma (Gemma's own has fewer)"
+        )
     return Tokenizer(pieces, _with_own(added, pieces, config, folder), config)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from npvlm.answers.boxes import parse_boxes
+from npvlm.answers.boxes import Box, parse_boxes
 from npvlm.answers.drawing import draw_boxes
 from npvlm.api import load
 from npvlm.files.output import save_picture
@@ -19,7 +19,11 @@ THINGS = (
     Thing("blue", "square", 236, 236, 356, 356),
     Thing("orange", "star", 272, 48, 400, 170),
 )
-PROMPTS = ("caption en", "answer en how many shapes?", "detect red circle ; blue square")
+PROMPTS = (
+    "caption en",
+    "answer en how many shapes?",
+    "detect red circle ; blue square ; orange star",
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Shown:
     """What the demo asked, what the model said, and how long it took."""
 
     answers: list[tuple[str, str]]
-    boxes: int
+    boxes: list[Box]
     seconds: float
 
 
@@ -46,4 +50,4 @@ def run_demo(output: Path) -> Shown:
     save_picture(draw_boxes(picture, boxes), output)
     spent = answers[0].seconds
     seconds = spent.image + spent.prefill + spent.decode
-    return Shown([(a.prompt, a.text) for a in answers], len(boxes), seconds)
+    return Shown([(a.prompt, a.text) for a in answers], boxes, seconds)

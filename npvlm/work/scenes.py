@@ -1,4 +1,4 @@
-"""Draw the coloured shapes that the bundled model knows: for the demo, for its training and for its test."""
+"""Draw the coloured shapes that the bundled model knows: for the demo, training and test."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ STAR_HEIGHT = 1 + cos(pi / 5)
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape and its tight box in pixels: the edges x0, y0 belong to it, x1, y1 are one past it."""
+    """One shape and its tight box in pixels: x0, y0 belong to it, x1, y1 are one past it."""
 
     colour: str
     shape: str
@@ -55,7 +55,7 @@ class Thing:
 
 
 def outline(shape: str) -> list[Point]:
-    """Give the corners of a shape that fills the unit square from edge to edge; a circle has none."""
+    """Give the corners of a shape that fills the unit square; a circle has none."""
     if shape == "square":
         return [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)]
     if shape == "triangle":
