@@ -22,7 +22,7 @@ THINGS = (
 PROMPTS = (
     "caption en",
     "answer en how many shapes?",
-    "detect red circle ; blue square ; orange star",
+    "detect red circle ; blue square",
 )
 
 
