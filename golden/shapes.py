@@ -200,10 +200,13 @@ def ocr(scene: Scene) -> Question:
     return Question("ocr", "ocr", scene.number)
 
 
-def detect(scene: Scene, rng: Random) -> Question:
-    """Ask where one to three labels are; one in five is (most often) not on the picture."""
+def detect(scene: Scene, rng: Random, most: int | None = None) -> Question:
+    """Ask where one to three labels are; one in five is (most often) not on the picture.
+
+    With `most`, so many labels are drawn, and those that come up again are dropped.
+    """
     labels: list[str] = []
-    for _ in range(rng.choice([1, 1, 2, 3])):
+    for _ in range(most or rng.choice([1, 1, 2, 3])):
         if scene.things and rng.random() < 0.8:
             label = rng.choice(scene.things).label
         else:

@@ -76,7 +76,7 @@ def training_questions(scene: Scene, rng: Random) -> list[Question]:
         return asked
     asked = [shapes.caption(scene), shapes.detect(scene, rng), shapes.count(scene, rng)]
     asked.append(shapes.colour(scene, rng) or shapes.count(scene, rng))
-    asked.append(shapes.detect(scene, rng) if rng.random() < 0.9 else shapes.ocr(scene))
+    asked.append(shapes.detect(scene, rng, 4) if rng.random() < 0.9 else shapes.ocr(scene))
     return asked
 
 
