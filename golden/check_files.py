@@ -88,7 +88,7 @@ def check_configs() -> Check:
         for without, variant in _variants(values):
             case = f"{name} without {without}" if without else name
             theirs = _theirs(PaliGemmaConfig(**json.loads(json.dumps(variant))))
-            ours = _ours(parse_config(variant, None, name))
+            ours = _ours(parse_config(variant))
             check.hold(ours, theirs, case)
     return check
 
@@ -236,7 +236,7 @@ def our_tokenizer(vocabulary: Path, image_id: int, folder: Path) -> Tokenizer:
     """Open the vocabulary the way a checkpoint folder is opened."""
     shutil.copy(vocabulary, folder / "tokenizer.model")
     (folder / "added_tokens.json").write_text(json.dumps({"<image>": image_id}))
-    config = parse_config(configs()["paligemma-3b-pt-224"], None, "paligemma")
+    config = parse_config(configs()["paligemma-3b-pt-224"])
     return load_tokenizer(folder, config)
 
 

@@ -39,6 +39,8 @@ from transformers.models.siglip import modeling_siglip
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.utils import logging
 
+from golden.published import SENTENCEPIECE, preprocessor_config
+
 STEPS = 20
 PROMPTS = (
     (1, "caption en"),
@@ -242,21 +244,8 @@ def _draw(
 
 
 def _preprocessor(recipe: Recipe) -> Values:
-    size = recipe.vision["image_size"]
-    return {
-        "do_convert_rgb": None,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": (size // recipe.vision["patch_size"]) ** 2,
-        "image_std": [0.5, 0.5, 0.5],
-        "processor_class": "PaliGemmaProcessor",
-        "resample": 3,
-        "rescale_factor": 0.00392156862745098,
-        "size": {"height": size, "width": size},
-    } | recipe.preprocessor
+    size, patch_size = recipe.vision["image_size"], recipe.vision["patch_size"]
+    return preprocessor_config(size, patch_size) | recipe.preprocessor
 
 
 WORDS = """caption detect segment answer describe en what where how many red blue circle square dog
@@ -275,25 +264,9 @@ def train_tokenizer(path: Path, seed: int, locations: int) -> int:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
             model_writer=file,
-            model_type="bpe",
             vocab_size=size,
-            pad_id=0,
-            eos_id=1,
-            bos_id=2,
-            unk_id=3,
-            pad_piece="<pad>",
-            eos_piece="<eos>",
-            bos_piece="<bos>",
-            unk_piece="<unk>",
             user_defined_symbols=extra,
-            byte_fallback=True,
-            split_digits=True,
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            normalization_rule_name="identity",
-            character_coverage=1.0,
-            num_threads=1,
-            minloglevel=2,
+            **SENTENCEPIECE,
         )
     return size
 

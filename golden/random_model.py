@@ -20,6 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from golden.published import preprocessor_config
 from npvlm.config import parse_config
 from npvlm.files.names import expected_shapes
 
@@ -78,24 +79,6 @@ def config_of(family: str, size: int) -> dict:
     }
 
 
-def preprocessor_of(size: int) -> dict:
-    """The preprocessor_config.json of a published checkpoint."""
-    return {
-        "do_convert_rgb": None,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": (size // 14) ** 2,
-        "image_std": [0.5, 0.5, 0.5],
-        "processor_class": "PaliGemmaProcessor",
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"height": size, "width": size},
-    }
-
-
 def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
     """Write one safetensors file of bfloat16 tensors, block by block."""
     header, end = {}, 0
@@ -128,7 +111,7 @@ def main() -> None:
     config = config_of(args.family, args.size)
     (args.folder / "config.json").write_text(json.dumps(config, indent=2))
     (args.folder / "added_tokens.json").write_text(json.dumps({"<image>": 257152}))
-    preprocessor = json.dumps(preprocessor_of(args.size), indent=2)
+    preprocessor = json.dumps(preprocessor_config(args.size, VISION["patch_size"]), indent=2)
     (args.folder / "preprocessor_config.json").write_text(preprocessor)
     shutil.copyfile(args.tokenizer, args.folder / "tokenizer.model")
     shapes = expected_shapes(parse_config(config))

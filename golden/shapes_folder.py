@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from golden import shapes
+from golden.published import SENTENCEPIECE, preprocessor_config
 from golden.shapes import Scene
 
 IMAGE_SIZE, PATCH_SIZE = 112, 14
@@ -55,25 +56,9 @@ def train_tokenizer() -> sentencepiece.SentencePieceProcessor:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=corpus(),
         model_writer=file,
-        model_type="bpe",
         vocab_size=PIECES,
-        character_coverage=1.0,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
         user_defined_symbols=USER_PIECES,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        unk_piece="<unk>",
-        num_threads=1,
-        minloglevel=2,
+        **SENTENCEPIECE,
     )
     return sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
 
@@ -138,7 +123,6 @@ def write_folder(
     """Write the model's files as they are published, the weights rounded to bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     config = published_config(tokenizer)
-    side = config["vision_config"]["image_size"]
     files = {
         "config.json": config,
         "generation_config.json": {
@@ -148,20 +132,7 @@ def write_folder(
             "pad_token_id": 0,
         },
         "added_tokens.json": {"<image>": config["image_token_index"]},
-        "preprocessor_config.json": {
-            "do_convert_rgb": None,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_processor_type": "SiglipImageProcessor",
-            "image_seq_length": config["vision_config"]["num_image_tokens"],
-            "image_std": [0.5, 0.5, 0.5],
-            "processor_class": "PaliGemmaProcessor",
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-            "size": {"height": side, "width": side},
-        },
+        "preprocessor_config.json": preprocessor_config(IMAGE_SIZE, PATCH_SIZE),
     }
     for name, content in files.items():
         write_json(folder / name, content)

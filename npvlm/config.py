@@ -136,7 +136,6 @@ class Config:
     image_token_index: int
     eos_token_ids: tuple[int, ...]
     """Ids that end an answer; empty when no file names one: then the tokenizer's own eos does."""
-    name: str
 
 
 class Fields:
@@ -232,7 +231,7 @@ def read_config(folder: Path) -> Config:
     values = read_json(folder / "config.json")
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else None
-    return parse_config(values, generation, folder.resolve().name, f"{folder}/")
+    return parse_config(values, generation, f"{folder}/")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -259,9 +258,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def parse_config(
-    values: Values, generation: Values | None = None, name: str = "model", where: str = ""
-) -> Config:
+def parse_config(values: Values, generation: Values | None = None, where: str = "") -> Config:
     """Build a Config from the contents of config.json and generation_config.json.
 
     Parameters
@@ -270,8 +267,6 @@ def parse_config(
         The contents of config.json, as any release of transformers writes them.
     generation : mapping or None
         The contents of generation_config.json.
-    name : str
-        What the model is called.
     where : str
         Put before the file names in errors; ends with a slash.
 
@@ -316,7 +311,6 @@ def parse_config(
         projection_dim=projection_dim,
         image_token_index=_image_token_index(top),
         eos_token_ids=_eos_token_ids(values, generation, where),
-        name=name,
     )
 
 

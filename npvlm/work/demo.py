@@ -19,11 +19,7 @@ THINGS = (
     Thing("blue", "square", 236, 236, 356, 356),
     Thing("orange", "star", 272, 48, 400, 170),
 )
-PROMPTS = (
-    "caption en",
-    "answer en how many shapes?",
-    "detect red circle ; blue square",
-)
+PROMPTS = ("caption en", "answer en how many shapes?", "detect red circle ; blue square")
 
 
 @dataclass(frozen=True)

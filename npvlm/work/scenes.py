@@ -22,7 +22,7 @@ COLOURS: Mapping[str, Colour] = {
 SHAPES = ("circle", "square", "triangle", "star")
 SMOOTH = 4  # each pixel of an edge is the mean of SMOOTH x SMOOTH finer ones
 
-# A star's points on the unit circle, tip up; the inner radius is that of a pentagram.
+# A star's points on the unit circle, tip up; a little fatter than a pentagram.
 _STAR = [
     (radius * sin(pi * corner / 5), -radius * cos(pi * corner / 5))
     for corner in range(10)
