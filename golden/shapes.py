@@ -2,7 +2,7 @@
 
 python golden/shapes.py draw FOLDER [--seed S] [--count N]
     writes held-out pictures and their questions
-python golden/shapes.py evaluate --seed S --count N [--model FOLDER]
+python golden/shapes.py evaluate --seed S --count N [--model FOLDER] [--precision P]
     prints one JSON line per metric and exits 1 if one is missed
 
 Picture i of seed S of a split is always the same. Training draws from the split "train", tests
@@ -24,6 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golden.strokes import draw_digit
+from npvlm.config import PRECISIONS
 from npvlm.work.scenes import COLOURS, SHAPES, STAR_HEIGHT, STAR_WIDTH, Colour, Thing, draw_things
 
 SIZE = 224  # pictures are drawn at this size; the model shrinks them to its own
@@ -317,11 +318,13 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, li
     return marks
 
 
-def measure(model: str | Path, seed: int, count: int, batch: int = 32) -> dict[str, list[float]]:
+def measure(
+    model: str | Path, seed: int, count: int, batch: int = 32, precision: str | None = None
+) -> dict[str, list[float]]:
     """Let npvlm answer the exam on `count` held-out pictures; gives the marks of every metric."""
     import npvlm
 
-    loaded = npvlm.load(model)
+    loaded = npvlm.load(model, precision)
     rng = Random(f"exam {seed}")
     asked = [
         (scene.picture, question)
@@ -352,9 +355,9 @@ def metrics(marks: dict[str, list[float]]) -> list[dict[str, str | float]]:
     ]
 
 
-def evaluate(model: str, seed: int, count: int) -> bool:
+def evaluate(model: str, seed: int, count: int, precision: str | None = None) -> bool:
     """Print one JSON line per metric of the exam and say whether every limit is met."""
-    marks = measure(model, seed, count)
+    marks = measure(model, seed, count, precision=precision)
     for line in metrics(marks):
         print(json.dumps(line), flush=True)
     return all(sum(marks[name]) >= limit * len(marks[name]) for name, limit in LIMITS.items())
@@ -378,6 +381,7 @@ def main() -> int:
     drawing.add_argument("folder", type=Path)
     testing = commands.add_parser("evaluate", help="measure a model on held-out pictures")
     testing.add_argument("--model", default="shapes", help="name or folder of the model")
+    testing.add_argument("--precision", choices=PRECISIONS, help="of the products with weights")
     for command, default in ((drawing, 12), (testing, 1000)):
         command.add_argument("--seed", type=int, default=1)
         command.add_argument("--count", type=int, default=default, help="how many pictures")
@@ -385,7 +389,7 @@ def main() -> int:
     if given.command == "draw":
         draw(given.folder, given.seed, given.count)
         return 0
-    return 0 if evaluate(given.model, given.seed, given.count) else 1
+    return 0 if evaluate(given.model, given.seed, given.count, given.precision) else 1
 
 
 if __name__ == "__main__":

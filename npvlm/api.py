@@ -7,28 +7,32 @@ V vocabulary.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from npvlm.config import Config, read_config
+from npvlm.config import PRECISIONS, Config, read_config
 from npvlm.decoding.generate import Token, generate, logits
 from npvlm.decoding.prompt import TextStream, layout
 from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.checkpoint import open_checkpoint
+from npvlm.files.packed import at_precision
 from npvlm.files.pictures import Preprocessor, open_picture, pixel_values, read_preprocessor
 from npvlm.files.tokenizer import Tokenizer, load_tokenizer
-from npvlm.model import ops, paligemma
+from npvlm.model import ops as definitions
+from npvlm.model import paligemma
 from npvlm.model.ops import Index
 from npvlm.model.tap import closed
-from npvlm.model.weights import Array, Weights
+from npvlm.model.weights import PACKERS, Array, Weights
 
 Picture = str | Path | BinaryIO | Image.Image
 
@@ -38,19 +42,61 @@ BUNDLED = Path(__file__).parent / "bundled"
 PACKED_SEQUENCES, PACKED_TOKENS = 8, 4096
 
 
-def load(model: str | Path = "shapes") -> Model:
+# One computation at a time: several Python threads may not start parallel kernels at once.
+_COMPUTING = threading.Lock()
+
+
+def load(model: str | Path = "shapes", precision: str | None = None, ops: str = "kernels") -> Model:
     """Open a model. Weights are memory-mapped: nothing is read before it is needed.
 
     Parameters
     ----------
     model : the name of a bundled model ("shapes") or a checkpoint folder with config.json,
         *.safetensors, tokenizer.model and preprocessor_config.json as published
+    precision : "float32" (float32 arithmetic on weights as stored), "bfloat16", "int8" or "int4";
+        by default what `npvlm convert` packed the folder for, float32 for any other. Weights that
+        are not stored so are rounded or packed in memory, which takes time and room
+    ops : "kernels", or "numpy" for the definitions in plain NumPy
 
     Raises
     ------
+    UsageError
+        For a precision or ops that there is not, or a precision the folder was not packed for.
     NpvlmError
         In one sentence: what is missing or wrong in the folder.
     """
+    folder = find_folder(model)
+    config = read_config(folder)
+    precision = _precision(folder, config, precision)
+    tokenizer = load_tokenizer(folder, config)
+    if not config.eos_token_ids:
+        config = replace(config, eos_token_ids=(tokenizer.eos_id,))
+    stored = open_checkpoint(folder, config)
+    weights = stored if config.quantization else at_precision(stored, precision, PACKERS)
+    return Model(
+        name=str(model),
+        config=config,
+        weights=Weights(weights),
+        tokenizer=tokenizer,
+        preprocessor=read_preprocessor(folder, config),
+        precision=precision,
+        ops=_namespace(ops),
+    )
+
+
+def _namespace(ops: str) -> ModuleType:
+    """The operations to compute with; numba is imported only by those who use it."""
+    if ops == "numpy":
+        return definitions
+    if ops == "kernels":
+        from npvlm import kernels
+
+        return kernels
+    raise UsageError(f'ops is {ops!r}, expected "kernels" or "numpy".')
+
+
+def find_folder(model: str | Path) -> Path:
+    """The folder of a model: a bundled one by its name, else the checkpoint folder itself."""
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
     folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
     try:
@@ -62,17 +108,19 @@ def load(model: str | Path = "shapes") -> Model:
             f"{str(model)!r} is no model; expected a checkpoint folder (npvlm downloads nothing) "
             f"or one of the bundled models ({', '.join(bundled)})."
         )
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder, config)
-    if not config.eos_token_ids:
-        config = replace(config, eos_token_ids=(tokenizer.eos_id,))
-    return Model(
-        name=str(model),
-        config=config,
-        weights=Weights(open_checkpoint(folder, config)),
-        tokenizer=tokenizer,
-        preprocessor=read_preprocessor(folder, config),
-    )
+    return folder
+
+
+def _precision(folder: Path, config: Config, asked: str | None) -> str:
+    """What a folder is computed with: what is asked for, if there is that and it fits."""
+    if asked is not None and asked not in PRECISIONS:
+        raise UsageError(f"precision is {asked!r}, expected one of {', '.join(PRECISIONS)}.")
+    packed = config.quantization
+    if packed and asked not in (packed, None):
+        raise UsageError(
+            f"{folder} is packed for {packed}, expected {asked}; name the original checkpoint."
+        )
+    return packed or asked or "float32"
 
 
 @dataclass(frozen=True)
@@ -97,6 +145,7 @@ class Answer:
     prompt_token_ids : everything the decoder read, image ids included
     stop : "eos" or "length"
     model : the model as it was named
+    precision : "float32", "bfloat16", "int8" or "int4"
     seed : of the random draws; None where the answer is greedy
     seconds : of the packed call that this answer was part of
     """
@@ -109,6 +158,7 @@ class Answer:
     prompt_token_ids: list[int]
     stop: str
     model: str
+    precision: str
     seed: int | None
     seconds: Seconds
 
@@ -149,6 +199,8 @@ class Model:
     weights: Weights = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
     preprocessor: Preprocessor
+    precision: str
+    ops: ModuleType = field(repr=False)
 
     def generate(
         self,
@@ -229,7 +281,8 @@ class Model:
         ids = self._layout(prompt, len(pictures), len(answer))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         w, config = self.weights, self.config
-        return logits(ids, answer, features, w, config, ops=ops, tap=closed)
+        with _COMPUTING:
+            return logits(ids, answer, features, w, config, ops=self.ops, tap=closed)
 
     def events(
         self,
@@ -296,11 +349,15 @@ class Model:
             self.config,
             [s.chooser for s in pack],
             max_tokens,
-            ops=ops,
+            ops=self.ops,
             tap=closed,
         )
         prefilled = None
-        for tokens in steps:
+        while True:
+            with _COMPUTING:
+                tokens = next(steps, None)
+            if tokens is None:
+                break
             prefilled = prefilled or time.perf_counter()
             for token in tokens:
                 sequence = pack[token.sequence]
@@ -326,6 +383,7 @@ class Model:
             prompt_token_ids=sequence.ids.tolist(),
             stop="eos" if ids[-1] in self.config.eos_token_ids else "length",
             model=self.name,
+            precision=self.precision,
             seed=seed,
             seconds=seconds,
         )
@@ -334,7 +392,10 @@ class Model:
         """Image features [N, P, D]; a picture that comes several times is looked at once."""
         distinct = {_key(picture): picture for picture in pictures}
         pixels = np.stack([self._pixels(picture) for picture in distinct.values()])
-        features = paligemma.image_features(pixels, self.weights, self.config, ops=ops, tap=closed)
+        with _COMPUTING:
+            features = paligemma.image_features(
+                pixels, self.weights, self.config, ops=self.ops, tap=closed
+            )
         place = {key: i for i, key in enumerate(distinct)}
         return features[[place[_key(picture)] for picture in pictures]]
 

@@ -15,6 +15,11 @@ from npvlm.errors import NpvlmError
 
 Values = Mapping[str, Any]
 
+# How exact the products with weights are; docs/format.md says what each keeps.
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
+PACKED = ("int8", "int4")
+FORMAT_VERSION = 1
+
 # Class defaults of transformers: what a field means when a file leaves it out.
 _SIGLIP = {
     "hidden_size": 768,
@@ -136,6 +141,8 @@ class Config:
     image_token_index: int
     eos_token_ids: tuple[int, ...]
     """Ids that end an answer; empty when no file names one: then the tokenizer's own eos does."""
+    quantization: str | None
+    """The precision that the files' weights are packed for; None for weights as published."""
 
 
 class Fields:
@@ -311,6 +318,7 @@ def parse_config(values: Values, generation: Values | None = None, where: str = 
         projection_dim=projection_dim,
         image_token_index=_image_token_index(top),
         eos_token_ids=_eos_token_ids(values, generation, where),
+        quantization=_quantization(top),
     )
 
 
@@ -459,6 +467,24 @@ def _eos_token_ids(values: Values, generation: Values | None, where: str) -> tup
             raise Fields(place, says).wrong("eos_token_id", "a token id or a list of token ids")
         return tuple(dict.fromkeys(ids))
     return ()
+
+
+def _quantization(top: Fields) -> str | None:
+    """Find the precision that `npvlm convert` packed the weights for."""
+    if top.values.get("quantization") is None:
+        return None
+    given = top.part("quantization", {})
+    entry = Fields(given, f"{top.where}quantization.")
+    hint = "take the model's float32, float16 or bfloat16 files"
+    if given.get("format") != "npvlm":
+        raise entry.wrong("format", '"npvlm"', hint)
+    if type(given.get("version")) is not int or given["version"] != FORMAT_VERSION:
+        hint = "convert the original checkpoint again with this npvlm"
+        raise entry.wrong("version", str(FORMAT_VERSION), hint)
+    if given.get("precision") not in PACKED:
+        raise entry.wrong("precision", " or ".join(map(json.dumps, PACKED)), hint)
+    precision: str = given["precision"]
+    return precision
 
 
 def _shown(value: Any) -> str:

@@ -7,12 +7,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from npvlm import kernels
 from npvlm.config import Config
 from npvlm.model import ops as definitions
 from npvlm.model.weights import Weights
 from tests.tiny import tiny_config, tiny_weights
 
-NAMESPACES = {"definitions": definitions}
+NAMESPACES = {"definitions": definitions, "kernels": kernels}
 
 
 @pytest.fixture(params=list(NAMESPACES))

@@ -86,6 +86,7 @@ def test_json_has_every_field_and_its_numbers_read_back(photo: Path) -> None:
         "prompt_token_ids",
         "stop",
         "model",
+        "precision",
         "seed",
         "seconds",
     ]

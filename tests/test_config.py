@@ -244,6 +244,32 @@ def test_packed_weights_of_other_programs_are_refused() -> None:
     assert "float32, float16 or bfloat16" in said
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_the_precision_that_weights_were_packed_for_is_read(precision: str) -> None:
+    assert parse_config(paligemma(224)).quantization is None
+    entry = {"format": "npvlm", "version": 1, "precision": precision}
+    assert parse_config(paligemma(224) | {"quantization": entry}).quantization == precision
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("quantization", 8, "an object"),
+        ("quantization.format", "gptq", '"npvlm"; take the model'),
+        ("quantization.format", ..., '"npvlm"; take the model'),
+        ("quantization.version", 2, "1; convert the original checkpoint again"),
+        ("quantization.version", True, "1; convert the original checkpoint again"),
+        ("quantization.precision", "int3", '"int8" or "int4"'),
+        ("quantization.precision", ["int8"], '"int8" or "int4"'),
+    ],
+)
+def test_a_packing_that_is_unknown_is_refused(field: str, value: Any, says: str) -> None:
+    entry = {"format": "npvlm", "version": 1, "precision": "int8"}
+    said = refusal(changed(paligemma(224) | {"quantization": entry}, field, value))
+    assert said.startswith(f"m/config.json: {field} is ")
+    assert f"expected {says}" in said
+
+
 def test_another_model_is_named() -> None:
     assert "m/config.json is a llava model, expected paligemma" in refusal({"model_type": "llava"})
     assert "of no named model_type" in refusal({"hidden_size": 3})

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from npvlm.model import ops as definitions
+from npvlm.model.tap import closed
 from npvlm.model.weights import BFloat16, unpack
 
 FLOATS = [np.float32, np.float64]
@@ -41,7 +43,8 @@ def test_every_op_returns_the_dtype_it_was_given(ops, rng, dtype) -> None:
         "rope": ops.rope(heads, at, 10000.0),
         "soft_cap": ops.soft_cap(x, 30.0),
         "softmax": ops.softmax(x),
-        "attend": ops.attend(heads, heads, heads, at * 0, at + 1, 0.5, 2.0),
+        "attend": ops.attend(heads, heads, heads, at * 0, at * 0, at + 1, 0.5, 2.0),
+        "gated": ops.gated(x, w, w, tap=closed),
         "gelu_tanh": ops.gelu_tanh(x),
     }
     assert {name: y.dtype for name, y in results.items()} == dict.fromkeys(results, np.dtype(dtype))
@@ -51,8 +54,8 @@ def test_every_op_returns_the_dtype_it_was_given(ops, rng, dtype) -> None:
 def test_linear_is_the_product_with_the_unpacked_weight_in_every_block(
     ops, rng, kind, monkeypatch
 ) -> None:
-    monkeypatch.setattr(ops, "BLOCK", 30)  # several blocks, the last one short
-    monkeypatch.setattr(ops, "RUN", 4)  # several runs, the last one short
+    monkeypatch.setattr(definitions, "BLOCK", 30)  # several blocks, the last one short
+    monkeypatch.setattr(definitions, "RUN", 4)  # several runs, the last one short
     x, w = rng.standard_normal((5, 9)), rng.standard_normal((11, 9))
     stored = bf16(w) if kind == "bfloat16" else w.astype(kind)
     bias = rng.standard_normal(11)
@@ -156,9 +159,10 @@ def one_query(q, k, v, scale, cap):
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_attend_follows_the_formula_for_every_head_and_interval(ops, rng, cap) -> None:
     H, K, d = 6, 2, 5
+    start = np.array([0, 0, 0, 4, 4, 4])
     first, last = np.array([0, 0, 0, 4, 5, 4]), np.array([3, 3, 2, 6, 8, 8])
     q, k, v = (rng.standard_normal((n, h, d)) for n, h in ((6, H), (9, K), (9, K)))
-    y = ops.attend(q, k, v, first, last, 0.7, cap)
+    y = ops.attend(q, k, v, start, first, last, 0.7, cap)
     for t, h in np.ndindex(6, H):
         seen = slice(first[t], last[t])
         expected = one_query(q[t, h], k[seen, h // 3], v[seen, h // 3], 0.7, cap)
@@ -168,16 +172,9 @@ def test_attend_follows_the_formula_for_every_head_and_interval(ops, rng, cap) -
 def test_attend_is_blind_to_rows_outside_the_interval(ops, rng) -> None:
     q, k, v = (rng.standard_normal((4, 1, 3)) for _ in range(3))
     first, last = np.full(4, 1), np.full(4, 3)
-    seen = ops.attend(q, k, v, first, last, 1.0)
+    seen = ops.attend(q, k, v, first, first, last, 1.0)
     k[0], v[0], k[3], v[3] = np.nan, np.nan, np.inf, np.inf
-    np.testing.assert_array_equal(ops.attend(q, k, v, first, last, 1.0), seen)
-
-
-def test_sequences_are_told_apart_by_what_they_see(ops) -> None:
-    first = np.array([0, 0, 0, 5, 5, 9, 20, 22])
-    last = np.array([3, 3, 4, 8, 8, 10, 24, 25])
-    runs = [(run.start, run.stop) for run in ops.sequences(first, last)]
-    assert runs == [(0, 3), (3, 5), (5, 6), (6, 8)]
+    np.testing.assert_array_equal(ops.attend(q, k, v, first, first, last, 1.0), seen)
 
 
 def test_gelu_follows_its_formula_and_limits(ops) -> None:
@@ -186,6 +183,14 @@ def test_gelu_follows_its_formula_and_limits(ops) -> None:
     expected = [0.5 * t * (1 + math.tanh(u)) for t, u in zip(x, inner, strict=True)]
     np.testing.assert_allclose(ops.gelu_tanh(x), expected, atol=1e-15)
     assert ops.gelu_tanh(x)[0] == 0 and ops.gelu_tanh(x)[-1] == 30
+
+
+def test_gated_bends_one_product_and_multiplies_by_the_other(ops, rng) -> None:
+    x, gate, up = (rng.standard_normal((n, 8)) for n in (3, 5, 5))
+    shown = {}
+    y = ops.gated(x, gate, up, tap=lambda name, value: shown.setdefault(name, value))
+    np.testing.assert_allclose(y, ops.gelu_tanh(x @ gate.T) * (x @ up.T), rtol=1e-13)
+    assert list(shown) == ["gate_proj", "up_proj"]
 
 
 def test_embed_scales_text_rows(ops, rng) -> None:

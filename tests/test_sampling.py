@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from npvlm.decoding.sampling import Chooser, Sampling, log_softmax
+from npvlm.decoding.sampling import Chooser, Sampling
 from npvlm.errors import UsageError
+from npvlm.model.ops import log_softmax
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.25, 0.2], np.float32))
 

@@ -64,7 +64,7 @@ def functions_with_shape_lines(module) -> dict[str, Callable]:
     return {
         name: f
         for name, f in inspect.getmembers(module, inspect.isfunction)
-        if f.__module__ == module.__name__ and shape_line(f)
+        if f.__module__ == module.__name__ and shape_line(f) and not name.startswith("_")
     }
 
 
@@ -89,15 +89,17 @@ def test_shape_lines_are_true_on_every_call_of_a_run(config, weights, monkeypatc
     features = features.reshape(-1, features.shape[-1])
     logits(prompt, answer, features, weights, config, ops=namespace, tap=closed)
 
-    inner = {"npvlm.model.ops.softmax", "npvlm.model.ops.soft_cap"}  # reached from inside attend
-    assert expected - inner <= seen
+    # Two are reached inside attend, one inside patch_embed, one where a token has been chosen.
+    inner = ("softmax", "soft_cap", "squares", "log_softmax")
+    elsewhere = {f"{ops.__name__}.{name}" for name in inner}
+    assert expected - elsewhere <= seen
 
 
 def test_every_public_op_has_a_shape_line() -> None:
     public = [
         f
         for name, f in inspect.getmembers(ops, inspect.isfunction)
-        if f.__module__ == ops.__name__ and name != "sequences"
+        if f.__module__ == ops.__name__ and name != "sequences" and not name.startswith("_")
     ]
     assert len(public) > 8
     assert [f.__name__ for f in public if not shape_line(f)] == []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npvlm.cli.options import Finite, model_option, threads_option
+from npvlm.cli.options import Finite, model_option, open_model, precision_option, threads_option
 
 if TYPE_CHECKING:
     from npvlm.api import Answer, Model
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompt", help='What to do, such as "caption en".  [required]')
 @model_option
+@precision_option
 @click.option(
     "--max-tokens",
     "--max_tokens_to_generate",
@@ -60,6 +61,7 @@ def generate(
     more_images: tuple[str, ...],
     prompt: str | None,
     model: str | None,
+    precision: str | None,
     max_tokens: int,
     temperature: float | None,
     top_k: int | None,
@@ -87,7 +89,6 @@ def generate(
         temperature = 0.8 if temperature is None else temperature
         top_p = 0.9 if top_p is None else top_p
 
-    from npvlm.api import load
     from npvlm.decoding.sampling import Sampling, draw_seed
 
     sampling = Sampling(temperature, top_k, top_p)
@@ -101,7 +102,7 @@ def generate(
         note = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
         click.echo(f"npvlm: {note}", err=True)
     answer(
-        load(model),
+        open_model(model, precision),
         [pictures] if together else pictures,
         prompt,
         sampling,

@@ -12,6 +12,8 @@ from typing import NoReturn
 import click
 
 from npvlm import __version__
+from npvlm.cli.bench import bench
+from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
 from npvlm.cli.generate import generate
 from npvlm.errors import NpvlmError
@@ -29,9 +31,13 @@ def npvlm() -> None:
     \b
     npvlm demo                                     see it work in seconds
     npvlm generate photo.jpg --prompt "caption en" --model FOLDER
+    npvlm convert FOLDER SMALLER --precision int8
+    npvlm bench --synthetic paligemma-3b-224       how fast is this machine?
     """
 
 
+npvlm.add_command(bench)
+npvlm.add_command(convert)
 npvlm.add_command(demo)
 npvlm.add_command(generate)
 
@@ -63,7 +69,7 @@ def _run() -> int:
             error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
         )
         hint = f" (see {command} --help)" if command else ""
-        return _fail(error.format_message() + hint, 2)
+        return _fail(" ".join(error.format_message().split()) + hint, 2)
     except NpvlmError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):

@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from npvlm.config import PACKED, PRECISIONS, read_config
+
+if TYPE_CHECKING:
+    from npvlm.api import Model
 
 _THREAD_VARIABLES = (
     "NUMBA_NUM_THREADS",
@@ -60,3 +65,23 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
         metavar="NAME|FOLDER",
         help="A bundled model or a checkpoint folder.  [default: $NPVLM_MODEL, else shapes]",
     )(command)
+
+
+def precision_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --precision."""
+    return click.option(
+        "--precision",
+        type=click.Choice(PRECISIONS),
+        help="Of the products with weights.  [default: what the model was converted for, else "
+        "float32]",
+    )(command)
+
+
+def open_model(model: str, precision: str | None) -> Model:
+    """Load a model; that it is packed in memory first is said, as it takes a while."""
+    from npvlm.api import find_folder, load
+
+    if precision in PACKED and read_config(find_folder(model)).quantization is None:
+        note = f"weights are packed as {precision} in memory; `npvlm convert` does so once for all."
+        click.echo(f"npvlm: {note}", err=True)
+    return load(model, precision)

@@ -12,7 +12,6 @@ from types import ModuleType
 import numpy as np
 
 from npvlm.config import Config
-from npvlm.decoding.sampling import log_softmax
 from npvlm.errors import NpvlmError
 from npvlm.model import gemma, paligemma
 from npvlm.model.cache import Rows, new_cache
@@ -76,7 +75,7 @@ def generate(
                     "the model's scores are not finite, expected numbers; are its weights damaged?"
                 )
             chosen = choosers[i](row)
-            tokens.append(Token(i, chosen, float(log_softmax(row)[chosen])))
+            tokens.append(Token(i, chosen, float(ops.log_softmax(row)[chosen])))
         yield tokens
 
         tokens = [token for token in tokens if token.id not in config.eos_token_ids]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npvlm.errors import UsageError
+from npvlm.model.ops import log_softmax
 from npvlm.model.weights import Array
 
 
@@ -90,12 +91,3 @@ class Chooser:
 def draw_seed() -> int:
     """A seed for those who named none."""
     return secrets.randbelow(2**32)
-
-
-def log_softmax(logits: Array) -> NDArray[np.float64]:
-    """Natural logarithms of the probabilities, in float64.
-
-    logits [V] -> [V]
-    """
-    shifted = logits.astype(np.float64) - np.max(logits)
-    return shifted - np.log(np.sum(np.exp(shifted)))

@@ -1,4 +1,4 @@
-"""Weights from safetensors files, mapped into memory and never copied.
+"""Weights from safetensors files, mapped into memory and never copied: as published, or packed.
 
 The safetensors library checks each file's layout (holes, overlaps, truncation); then the places of
 the tensors are read from the same header, and each weight is a read-only view of the mapped file.
@@ -19,13 +19,21 @@ from safetensors import SafetensorError, safe_open
 
 from npvlm.config import Config, read_json
 from npvlm.errors import NpvlmError
-from npvlm.files.names import EMBED_TOKENS, LM_HEAD, Shapes, canonical_name, expected_shapes
-from npvlm.model.weights import BFloat16, Weight
+from npvlm.files.names import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    POSITIONS,
+    canonical_name,
+    expected_shapes,
+)
+from npvlm.files.packed import join_parts, packing, part_names, part_tensors
+from npvlm.model.weights import Array, BFloat16, Weight
 
 _SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_OTHER_FORMATS = (
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
+_FLOATS = ("F32", "F16", "BF16")
+OTHER_FORMATS = (
     "*.bin",
     "*.npz",
     "*.gguf",
@@ -53,11 +61,17 @@ class _Stored:
     shape: tuple[int, ...]
     offset: int
 
+    def array(self) -> Array:
+        """View the stored bytes as numbers, bfloat16 as its bits; they need not be aligned."""
+        return np.ndarray(self.shape, np.dtype(_DTYPES[self.dtype]), self.data, self.offset)
+
     def weight(self) -> Weight:
-        """View the stored bytes as a weight; they need not be aligned."""
-        dtype = np.dtype(_DTYPES[self.dtype])
-        values: NDArray[np.generic] = np.ndarray(self.shape, dtype, self.data, self.offset)
-        return BFloat16(values) if self.dtype == "BF16" else values  # type: ignore[arg-type]
+        """View the stored bytes as a weight."""
+        return BFloat16(self.array()) if self.dtype == "BF16" else self.array()
+
+
+# The shape that a tensor must have, and the types that it may have.
+_Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
 
 
 def open_checkpoint(folder: Path, config: Config) -> dict[str, Weight]:
@@ -75,8 +89,9 @@ def open_checkpoint(folder: Path, config: Config) -> dict[str, Weight]:
 
     Returns
     -------
-    dict of str to array or BFloat16
-        Read-only views: float32 and float16 as arrays, bfloat16 as its bits.
+    dict of str to array, BFloat16, Int8 or Int4
+        Read-only views: float32 and float16 as arrays, bfloat16 as its bits, and what
+        `npvlm convert` packed with its scales.
 
     Raises
     ------
@@ -93,15 +108,30 @@ def open_checkpoint(folder: Path, config: Config) -> dict[str, Weight]:
                 raise _twice(stored[name], tensor)
             stored[name] = tensor
 
-    expected = expected_shapes(config)
+    shapes, precision = expected_shapes(config), config.quantization
     if config.text_config.tie_word_embeddings and LM_HEAD in stored:
         # Tied by name, yet there: the same numbers again, the only copy, or a head trained apart.
         if EMBED_TOKENS in stored:
-            expected[LM_HEAD] = expected[EMBED_TOKENS]
+            shapes[LM_HEAD] = shapes[EMBED_TOKENS]
         else:
             stored[EMBED_TOKENS] = stored.pop(LM_HEAD)
+    expected: _Expected = {}
+    for name, shape in shapes.items():
+        if kind := packing(name, shape, precision):
+            parts = part_tensors(name, shape, kind)
+            expected |= {part: (size, (dtype,)) for part, (dtype, size) in parts.items()}
+        else:
+            expected[name] = shape, _FLOATS
     _check(folder, stored, expected, config)
-    return {name: stored[name].weight() for name in expected}
+
+    weights: dict[str, Weight] = {}
+    for name, shape in shapes.items():
+        if kind := packing(name, shape, precision):
+            values, scales = (stored[part].array() for part in part_names(name))
+            weights[name] = join_parts(values, scales, shape[1], kind)
+        else:
+            weights[name] = stored[name].weight()
+    return weights
 
 
 def _files(folder: Path) -> list[Path]:
@@ -111,19 +141,19 @@ def _files(folder: Path) -> list[Path]:
         raise NpvlmError(f"{folder} is {found}, expected a folder with {_SINGLE}")
     if (folder / _SINGLE).exists() or (folder / _SINGLE).is_symlink():
         return [folder / _SINGLE]
-    if (folder / _INDEX).exists():
-        return _shards(folder / _INDEX)
+    if (folder / INDEX).exists():
+        return _shards(folder / INDEX)
     if (folder / "adapter_model.safetensors").exists():
         raise NpvlmError(
             f"{folder} holds an adapter, expected a whole model; merge it into its base model first"
         )
-    others = sorted({file.name for kind in _OTHER_FORMATS for file in folder.glob(kind)})
+    others = sorted({file.name for kind in OTHER_FORMATS for file in folder.glob(kind)})
     if others:
         raise NpvlmError(
             f"{folder} has {_listed(others, 3)} and no {_SINGLE}; npvlm reads safetensors only: "
             "fetch the model's safetensors files, or save it again with transformers"
         )
-    raise NpvlmError(f"{folder} has neither {_SINGLE} nor {_INDEX}; copy the weights into it")
+    raise NpvlmError(f"{folder} has neither {_SINGLE} nor {INDEX}; copy the weights into it")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -194,16 +224,16 @@ def _read_header(file: Path) -> list[_Stored]:
     ]
 
 
-def _check(folder: Path, stored: dict[str, _Stored], expected: Shapes, config: Config) -> None:
+def _check(folder: Path, stored: dict[str, _Stored], expected: _Expected, config: Config) -> None:
     """Hold the tensors that are there against those that must be, in one message."""
     missing = [name for name in expected if name not in stored]
     unexpected = [stored[name].name for name in stored if name not in expected]
     there = [name for name in expected if name in stored]
-    misshapen = [name for name in there if stored[name].shape != expected[name]]
-    unread = [name for name in there if stored[name].dtype not in _DTYPES]
+    misshapen = [name for name in there if stored[name].shape != expected[name][0]]
+    unread = [name for name in there if stored[name].dtype not in expected[name][1]]
 
-    shapes = {n: f" is {list(stored[n].shape)}, expected {list(expected[n])}" for n in misshapen}
-    types = {n: f" is {stored[n].dtype}, expected F32, F16 or BF16" for n in unread}
+    shapes = {n: f" is {list(stored[n].shape)}, expected {list(expected[n][0])}" for n in misshapen}
+    types = {n: f" is {stored[n].dtype}, expected {_either(expected[n][1])}" for n in unread}
     faults = [
         f"{len(names)} {what} ({_all_of(names)})"
         for what, names in (
@@ -223,7 +253,7 @@ def _hint(
     missing: list[str],
     unexpected: list[str],
     stored: dict[str, _Stored],
-    expected: Shapes,
+    expected: _Expected,
     config: Config,
 ) -> str:
     """Guess what went wrong, or say what to do when there is nothing to guess."""
@@ -235,10 +265,11 @@ def _hint(
         return "is this a PaliGemma 1 checkpoint with the config.json of a PaliGemma 2?"
     if any(part in name for name in unexpected for part in ("lora_", "base_layer")):
         return "these are the weights of an adapter: merge it into its base model first"
+    if config.quantization:
+        return "config.json says that the weights are packed: convert the original folder again"
     if any(name.endswith((".SCB", ".absmax", "_scale", ".qweight")) for name in unexpected):
         return "the weights are packed: take the float32, float16 or bfloat16 files"
-    table = "vision_tower.vision_model.embeddings.position_embedding.weight"
-    if table in stored and stored[table].shape != expected[table]:
+    if POSITIONS in stored and stored[POSITIONS].shape != expected[POSITIONS][0]:
         return "was the model made for pictures of another size than image_size says?"
     return "do config.json and the weights come from the same model?"
 
@@ -280,6 +311,11 @@ def _listed(names: Iterable[str], most: int = _LISTED) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _either(words: tuple[str, ...]) -> str:
+    """Join alternatives: A, B or C."""
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _one_line(error: Exception) -> str:

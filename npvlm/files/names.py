@@ -14,6 +14,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 EMBED_TOKENS = "language_model.model.embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"
+POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
 
 
 def canonical_name(name: str) -> str:
@@ -45,6 +46,15 @@ def expected_shapes(config: Config) -> Shapes:
         **_projector(config.projection_dim, vision.hidden_size),
         **_tower(vision),
     }
+
+
+def multiplies(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a linear layer multiplies its inputs by this tensor.
+
+    Every matrix is such a weight but the table of positions, which is only added. The embedding
+    table is one: it is the output layer as well. The patches' kernel, a convolution, is none.
+    """
+    return len(shape) == 2 and name != POSITIONS
 
 
 def _decoder(text: TextConfig) -> Shapes:
@@ -96,7 +106,7 @@ def _tower(vision: VisionConfig) -> Shapes:
     shapes: Shapes = {
         f"{start}embeddings.patch_embedding.weight": (D, vision.num_channels, patch, patch),
         f"{start}embeddings.patch_embedding.bias": (D,),
-        f"{start}embeddings.position_embedding.weight": (vision.num_patches, D),
+        POSITIONS: (vision.num_patches, D),
         f"{start}post_layernorm.weight": (D,),
         f"{start}post_layernorm.bias": (D,),
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
@@ -42,6 +44,35 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     finally:
         if draft is not None:
             Path(draft).unlink()
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that takes its place once the block has ended without an error.
+
+    Until then it lies in a hidden folder beside its place, which is removed whatever happens.
+
+    Raises
+    ------
+    UsageError
+        Where something is there already, or the folder around it is not.
+    NpvlmError
+        Where it cannot be written.
+    """
+    folder = folder.expanduser().resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already, expected a new or an empty folder.")
+    if not folder.parent.is_dir():
+        raise UsageError(f"{folder.parent} is no folder; make it first.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as hidden:
+            draft = Path(hidden) / folder.name
+            draft.mkdir()
+            yield draft
+            draft.replace(folder)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise NpvlmError(f"{folder}: cannot be written ({reason}); name another place.") from error
 
 
 def _umask() -> int:

@@ -6,7 +6,7 @@ Axis letters: T tokens in this call · C rows of the cache · K key/value heads 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -51,12 +51,14 @@ class Rows:
 
     positions [T]  place in the sequence, counted from 1 as the reference implementation does
     slots [T]      row of the cache that the token's key and value go to
+    start [T]      the first row of its sequence
     first [T], last [T]  the rows it sees: first, first + 1, ... last - 1
     prefix [T]     whether it belongs to the picture and prompt, which all see each other
     """
 
     positions: Index
     slots: Index
+    start: Index
     first: Index
     last: Index
     prefix: np.ndarray
@@ -71,6 +73,7 @@ class Rows:
         return cls(
             positions=number + 1,
             slots=start + number,
+            start=np.full(len(number), start),
             first=np.full(len(number), start),
             last=start + np.maximum(number + 1, prefix),
             prefix=number < prefix,
@@ -79,8 +82,11 @@ class Rows:
     @classmethod
     def pack(cls, parts: Sequence[Rows]) -> Rows:
         """Several sequences end to end, with no padding between them."""
-        fields = ("positions", "slots", "first", "last", "prefix")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    def at(self, wanted: Index | slice) -> Rows:
+        """Some of the tokens."""
+        return Rows(*(getattr(self, f.name)[wanted] for f in fields(Rows)))
 
     def sliding(self, window: int | None) -> Rows:
         """The same tokens in a layer with a window: an answer token sees the last `window` rows.

@@ -3,8 +3,8 @@
 The families differ in three things: Gemma 2 norms the output of each half-layer too, soft-caps its
 scores and logits, and gives every other layer a sliding window.
 
-Axis letters: T tokens in this call · C rows of the cache · D hidden_size · F intermediate_size ·
-H query heads · K key/value heads · d head_dim · V vocabulary.
+Axis letters: T tokens in this call · W of them that are wanted · C rows of the cache ·
+D hidden_size · F intermediate_size · H query heads · K key/value heads · d head_dim · V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,20 +38,26 @@ def hidden_states(
     config: TextConfig,
     cache: Sequence[LayerCache],
     rows: Rows,
+    wanted: Index,
     *,
     ops: ModuleType,
     tap: Tap,
 ) -> Array:
     """Carry vectors through every layer and the final norm; the cache is filled on the way.
 
-    x [T, D] -> [T, D]
+    Of the last layer only the `wanted` tokens are needed, though the keys and values of all.
+
+    x [T, D], wanted [W] -> [W, D]
     Source: Gemma, arXiv 2403.08295; Gemma 2, arXiv 2408.00118.
     """
     for i, kind in enumerate(config.layer_types):
         name = f"layers.{i}"
         inner = w.scope(f"model.{name}")
         seen = rows.sliding(config.sliding_window if kind == "sliding_attention" else None)
-        x = tap(name, layer(x, inner, config, cache[i], seen, ops=ops, tap=within(tap, name)))
+        last = i == config.num_hidden_layers - 1
+        asked = wanted if last and len(wanted) < len(x) else slice(None)
+        x = layer(x, inner, config, cache[i], seen, asked, ops=ops, tap=within(tap, name))
+        tap(name, x)
     return tap("norm", ops.rms_norm(x, w["model.norm.weight"], config.rms_norm_eps))
 
 
@@ -61,16 +67,18 @@ def layer(
     config: TextConfig,
     cache: LayerCache,
     rows: Rows,
+    wanted: Index | slice,
     *,
     ops: ModuleType,
     tap: Tap,
 ) -> Array:
     """Look back, then think: attention and MLP, each on a normed copy and added to the stream.
 
-    The name post_attention_layernorm means two things: in Gemma 1 it is the norm before the MLP, in
-    Gemma 2 the norm of what attention gives.
+    All tokens leave their keys and values in the cache, the wanted ones go on. The name
+    post_attention_layernorm means two things: in Gemma 1 it is the norm before the MLP, in Gemma 2
+    the norm of what attention gives.
 
-    x [T, D] -> [T, D]
+    x [T, D], wanted [W] -> [W, D]
     """
 
     def norm(value: Array, name: str) -> Array:
@@ -82,10 +90,12 @@ def layer(
         config,
         cache,
         rows,
+        wanted,
         ops=ops,
         tap=within(tap, "self_attn"),
     )
     tap("self_attn", attention)
+    x = x[wanted]
 
     if config.model_type == "gemma":
         x = x + attention
@@ -104,38 +114,41 @@ def self_attention(
     config: TextConfig,
     cache: LayerCache,
     rows: Rows,
+    wanted: Index | slice,
     *,
     ops: ModuleType,
     tap: Tap,
 ) -> Array:
-    """Let each token gather from the tokens it may see, through the cache.
+    """Let each wanted token gather from the tokens it may see, through the cache.
 
-    x [T, D] -> [T, D]
+    x [T, D], wanted [W] -> [W, D]
     """
-    d = config.head_dim
-    q = tap("q_proj", ops.linear(x, w["q_proj.weight"])).reshape(len(x), -1, d)  # [T, H, d]
+    d, asking = config.head_dim, rows.at(wanted)
+    q = tap("q_proj", ops.linear(x[wanted], w["q_proj.weight"])).reshape(
+        -1, config.num_attention_heads, d
+    )
     k = tap("k_proj", ops.linear(x, w["k_proj.weight"])).reshape(len(x), -1, d)  # [T, K, d]
     v = tap("v_proj", ops.linear(x, w["v_proj.weight"])).reshape(len(x), -1, d)  # [T, K, d]
 
-    q = tap("q_rope", ops.rope(q, rows.positions, config.rope_theta))
+    q = tap("q_rope", ops.rope(q, asking.positions, config.rope_theta))
     k = tap("k_rope", ops.rope(k, rows.positions, config.rope_theta))
     keys, values = cache.write(rows.slots, k, v)  # [C, K, d]
 
     scale, cap = config.attention_scale, config.attn_logit_softcapping
-    mixed = ops.attend(q, keys, values, rows.first, rows.last, scale, cap)  # [T, H, d]
-    mixed = tap("attend", mixed).reshape(len(x), -1)
-    return ops.linear(mixed, w["o_proj.weight"])  # [T, D]
+    mixed = ops.attend(
+        q, keys, values, asking.start, asking.first, asking.last, scale, cap
+    )  # [W, H, d]
+    mixed = tap("attend", mixed).reshape(len(q), -1)
+    return ops.linear(mixed, w["o_proj.weight"])  # [W, D]
 
 
 def mlp(x: Array, w: Weights, *, ops: ModuleType, tap: Tap) -> Array:
     """Widen twice, let one half gate the other, narrow.
 
     x [T, D] -> [T, D]
-    Source: GLU Variants Improve Transformer, arXiv 2002.05202.
     """
-    gate = tap("gate_proj", ops.linear(x, w["gate_proj.weight"]))  # [T, F]
-    up = tap("up_proj", ops.linear(x, w["up_proj.weight"]))  # [T, F]
-    return ops.linear(tap("gated", ops.gelu_tanh(gate) * up), w["down_proj.weight"])
+    wide = ops.gated(x, w["gate_proj.weight"], w["up_proj.weight"], tap=tap)  # [T, F]
+    return ops.linear(tap("gated", wide), w["down_proj.weight"])
 
 
 def logits(x: Array, w: Weights, config: TextConfig, *, ops: ModuleType, tap: Tap) -> Array:

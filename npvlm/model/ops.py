@@ -13,12 +13,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from npvlm.model.weights import Array, Weight, unpack
+from npvlm.model.tap import Tap
+from npvlm.model.weights import (
+    Array,
+    BFloat16,
+    BFloat16Product,
+    Int4,
+    Int8,
+    Packed,
+    Weight,
+    quantize,
+    rotate,
+    round_to_bfloat16,
+    unpack,
+)
 
 Index = NDArray[np.int64]
 
@@ -29,24 +41,61 @@ RUN = 128  # terms of a sum that are added one after the other
 def linear(x: Array, w: Weight, bias: Weight | None = None) -> Array:
     """Map each row to the products with the rows of w, plus the bias.
 
-    Weights are stored [out, in] and used as stored: 16-bit ones are widened a block of rows at a
-    time, never as a whole. Products are summed in short runs, and then the runs: a long chain of
-    float32 additions rounds half as well again.
+    Weights are stored [out, in] and used as stored: they are widened a block of rows at a time,
+    never as a whole. Products are summed in short runs, and then the runs: a long chain of float32
+    additions rounds half as well again. What kind of weight it is says how exact the inputs are:
+    as they come, rounded to bfloat16, or rotated and rounded to 8 bits.
 
     x [T, I], w [O, I], bias [O] -> [T, O]
     """
-    (O, I), y = w.shape, np.empty((len(x), w.shape[0]), x.dtype)
-    rows = max(1, BLOCK // I)
-    for start in range(0, O, rows):
-        block = slice(start, start + rows)
-        wide = unpack(w[block], x.dtype)
-        y[:, block] = sum(x[:, i : i + RUN] @ wide[:, i : i + RUN].T for i in range(0, I, RUN))
+    if isinstance(w, Int8 | Int4):
+        y = _integer_products(x, w)
+    else:
+        if isinstance(w, BFloat16Product):
+            x = unpack(round_to_bfloat16(x), x.dtype)
+        y = np.empty((len(x), len(w)), x.dtype)
+        for block in _blocks(w):
+            wide = unpack(w[block], x.dtype)
+            runs = range(0, x.shape[1], RUN)
+            y[:, block] = sum(x[:, i : i + RUN] @ wide[:, i : i + RUN].T for i in runs)
     if bias is not None:
         y += unpack(bias, x.dtype)
     return y
 
 
-def patch_embed(pixel_values: Array, w: Weight, bias: Weight) -> Array:
+def _integer_products(x: Array, w: Packed) -> Array:
+    """Round each rotated row to 8 bits with one scale, then multiply whole numbers.
+
+    Sums of whole numbers have no rounding, so their order is free: float64 holds the int8 ones
+    exactly. Int4 multiplies the sum of each group by the group's scale and adds the groups up; in
+    float64, as here, that is as good as exact, and a kernel may round on the way. The result is
+    rounded to the type of x before the last multiplications, which are done in that type: by
+    (scale of x * scale of w) in Int8, by the scale of x in Int4.
+
+    x [T, I], w [O, I] -> [T, O]
+    """
+    values, scales = quantize(rotate(x, w.block))  # [T, J], [T]
+    wide, y = values.astype(np.float64), np.empty((len(x), len(w)), x.dtype)
+    for block in _blocks(w):
+        part = w[block]
+        if isinstance(part, Int8):
+            sums = (wide @ part.values.T.astype(np.float64)).astype(x.dtype)
+            y[:, block] = sums * (scales[:, None] * part.scales.astype(x.dtype))
+        else:
+            sums = (wide @ part.rotated().T.astype(np.float64)).astype(x.dtype)
+            y[:, block] = sums * scales[:, None]
+    return y
+
+
+def _blocks(w: Weight) -> Iterator[slice]:
+    """Runs of rows that are few enough to be widened together."""
+    O, I = w.shape
+    rows = max(1, BLOCK // I)
+    for start in range(0, O, rows):
+        yield slice(start, start + rows)
+
+
+def patch_embed(pixel_values: Array, w: Array | BFloat16, bias: Weight) -> Array:
     """Cut each picture into squares and map each square to a vector.
 
     A convolution whose stride is its kernel is a linear layer over the squares, taken row by row;
@@ -55,11 +104,20 @@ def patch_embed(pixel_values: Array, w: Weight, bias: Weight) -> Array:
     pixel_values [N, C, R, R], w [D, C, p, p], bias [D] -> [N, P, D]
     Source: An Image is Worth 16x16 Words, arXiv 2010.11929.
     """
-    (N, C, R, _), (D, _, p, _) = pixel_values.shape, w.shape
+    cut = squares(pixel_values, w.shape[-1])  # [N, P, I]
+    (N, P, I), D = cut.shape, len(w)
+    return linear(cut.reshape(N * P, I), w.reshape(D, I), bias).reshape(N, P, D)
+
+
+def squares(pixel_values: Array, p: int) -> Array:
+    """Cut each picture into squares of p x p pixels; what does not fill a square is left out.
+
+    pixel_values [N, C, R, R] -> [N, P, I]
+    """
+    N, C, R, _ = pixel_values.shape
     side = R // p
-    squares = pixel_values[:, :, : side * p, : side * p].reshape(N, C, side, p, side, p)
-    squares = squares.transpose(0, 2, 4, 1, 3, 5).reshape(N * side * side, C * p * p)
-    return linear(squares, w.reshape(D, C * p * p), bias).reshape(N, side * side, D)
+    cut = pixel_values[:, :, : side * p, : side * p].reshape(N, C, side, p, side, p)
+    return cut.transpose(0, 2, 4, 1, 3, 5).reshape(N, side * side, C * p * p)
 
 
 def embed(ids: Index, table: Weight, scale: float, dtype: DTypeLike) -> Array:
@@ -133,10 +191,20 @@ def softmax(x: Array) -> Array:
     return grown / np.sum(grown, axis=-1, keepdims=True)
 
 
+def log_softmax(logits: Array) -> NDArray[np.float64]:
+    """Natural logarithms of the weights that softmax gives, in float64 whatever the logits are.
+
+    logits [V] -> [V]
+    """
+    shifted = logits.astype(np.float64) - np.max(logits)
+    return shifted - np.log(np.sum(np.exp(shifted)))
+
+
 def attend(
     q: Array,
     k: Array,
     v: Array,
+    start: Index,
     first: Index,
     last: Index,
     scale: float,
@@ -144,34 +212,28 @@ def attend(
 ) -> Array:
     """Weigh the values by how well each query matches the keys it may see.
 
-    Token t sees the rows first[t] up to, not including, last[t]. Query head h reads key/value head
-    h // (H // K). The order is scale, soft-cap, mask, softmax. One head of one sequence is scored
-    at a time, so a long sequence never has the scores of all heads in memory.
+    Token t belongs to the sequence that begins at row start[t], and sees the rows first[t] up to,
+    not including, last[t]. Query head h reads key/value head h // (H // K). The order is scale,
+    soft-cap, mask, softmax. One head of one sequence is scored at a time, so a long sequence never
+    has the scores of all heads in memory.
 
-    q [T, H, d], k [S, K, d], v [S, K, d], first [T], last [T] -> [T, H, d]
+    q [T, H, d], k [S, K, d], v [S, K, d], start [T], first [T], last [T] -> [T, H, d]
     Source: Attention Is All You Need, arXiv 1706.03762; grouped queries, arXiv 2305.13245.
     """
     (H, K), mixed = (q.shape[1], k.shape[1]), np.empty_like(q)
-    for rows in sequences(first, last):
-        start, stop = first[rows].min(), last[rows].max()
-        at = np.arange(start, stop)
+    edges = [0, *(np.flatnonzero(np.diff(start)) + 1), len(q)]
+    for rows in map(slice, edges, edges[1:]):
+        low, high = first[rows].min(), last[rows].max()
+        at = np.arange(low, high)
         visible = (first[rows, None] <= at) & (at < last[rows, None])  # [T, S]
         for h in range(H):
             group = h // (H // K)
-            scores = q[rows, h] @ k[start:stop, group].T * scale  # [T, S]
+            scores = q[rows, h] @ k[low:high, group].T * scale  # [T, S]
             if cap is not None:
                 scores = soft_cap(scores, cap)
             weights = softmax(np.where(visible, scores, -np.inf))
-            mixed[rows, h] = weights @ v[start:stop, group]
+            mixed[rows, h] = weights @ v[low:high, group]
     return mixed
-
-
-def sequences(first: Index, last: Index) -> Iterator[slice]:
-    """The runs of tokens that belong together: neighbours that can see a common row."""
-    apart = (first[1:] >= last[:-1]) | (last[1:] <= first[:-1])
-    edges = [0, *(np.flatnonzero(apart) + 1), len(first)]
-    for start, stop in pairwise(edges):
-        yield slice(start, stop)
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -184,3 +246,16 @@ def gelu_tanh(x: Array) -> Array:
     """
     inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * (x * x * x))
     return 0.5 * x * (1.0 + np.tanh(inner))
+
+
+def gated(x: Array, gate: Weight, up: Weight, *, tap: Tap) -> Array:
+    """Widen twice and let one half, bent, gate the other.
+
+    The two products are shown to the tap as gate_proj and up_proj.
+
+    x [T, I], gate [O, I], up [O, I] -> [T, O]
+    Source: GLU Variants Improve Transformer, arXiv 2002.05202.
+    """
+    left = tap("gate_proj", linear(x, gate))
+    right = tap("up_proj", linear(x, up))
+    return gelu_tanh(left) * right

@@ -74,6 +74,6 @@ def forward(
     text = w.scope("language_model")
     tap = within(tap, "language_model")
     hidden = gemma.hidden_states(
-        x, text, config.text_config, cache, rows, ops=ops, tap=within(tap, "model")
+        x, text, config.text_config, cache, rows, wanted, ops=ops, tap=within(tap, "model")
     )
-    return gemma.logits(hidden[wanted], text, config.text_config, ops=ops, tap=tap)
+    return gemma.logits(hidden, text, config.text_config, ops=ops, tap=tap)

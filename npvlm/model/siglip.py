@@ -95,7 +95,8 @@ def self_attention(
 
     q, k, v = heads("q_proj"), heads("k_proj"), heads("v_proj")
 
-    mixed = tap("attend", ops.attend(q, k, v, first, last, config.head_dim**-0.5))  # [T, H, d]
+    mixed = ops.attend(q, k, v, first, first, last, config.head_dim**-0.5)  # [T, H, d]
+    mixed = tap("attend", mixed)
     return ops.linear(mixed.reshape(len(x), -1), w["out_proj.weight"], w["out_proj.bias"])
 
 

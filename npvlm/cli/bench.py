@@ -1,0 +1,105 @@
+"""`npvlm bench`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from npvlm.cli.options import model_option, precision_option, threads_option
+
+SYNTHETIC = [f"paligemma{family}-3b-{size}" for family in ("", "2") for size in (224, 448, 896)]
+PROGRAMS = ["transformers", "transformers:bfloat16", "transformers:float32", "llama.cpp"]
+
+
+@click.command()
+@model_option
+@precision_option
+@click.option(
+    "--synthetic",
+    type=click.Choice(SYNTHETIC),
+    help="Random bfloat16 weights in the sizes of a published model, in place of --model.",
+)
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Keep what --synthetic writes, for --model or convert; else it is removed at the end.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Pictures together."
+)
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Text tokens behind each picture.",
+)
+@click.option(
+    "--new-tokens",
+    type=click.IntRange(min=2),
+    default=32,
+    show_default=True,
+    help="Tokens of each answer.",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Rounds; medians are shown.",
+)
+@click.option(
+    "--against",
+    type=click.Choice(PROGRAMS),
+    help="Run another program in turns with npvlm, in a process of its own. transformers computes "
+    "in float32 against --precision float32, else in bfloat16, unless told; llama.cpp runs a "
+    "decoder of random weights in BF16, Q8_0 or Q4_0.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object with everything.")
+@threads_option
+@click.pass_context
+def bench(
+    context: click.Context,
+    model: str | None,
+    precision: str | None,
+    synthetic: str | None,
+    save: Path | None,
+    batch: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    repeat: int,
+    against: str | None,
+    as_json: bool,
+) -> None:
+    """Measure speed and memory, and how much of what this machine allows is reached.
+
+    Nothing is downloaded: --synthetic paligemma-3b-224 measures a real size without its weights
+    (6 GB of disk and memory while it runs).
+    """
+    named = context.get_parameter_source("model") is ParameterSource.COMMANDLINE
+    if synthetic is not None and named:
+        raise click.UsageError("--model and --synthetic exclude each other: name one.")
+    if save is not None and synthetic is None:
+        raise click.UsageError("--save keeps what --synthetic writes: name a size with it.")
+    from npvlm.api import find_folder
+    from npvlm.work.bench import Plan, bench_synthetic
+    from npvlm.work.bench import bench as run
+    from npvlm.work.synthetic import synthetic_config
+    from npvlm.work.table import table
+
+    plan = Plan(batch, prompt_tokens, new_tokens, repeat)
+    if synthetic is None:
+        name = model or "shapes"
+        report = run(name, find_folder(name), precision, plan, against, _say)
+    else:
+        values = synthetic_config(synthetic)
+        report = bench_synthetic(synthetic, values, save, precision, plan, against, _say)
+    click.echo(json.dumps(report.to_dict()) if as_json else table(report))
+
+
+def _say(what: str) -> None:
+    click.echo(f"npvlm: {what}", err=True)

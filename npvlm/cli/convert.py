@@ -1,0 +1,57 @@
+"""`npvlm convert`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    type=click.Choice(["bfloat16", "int8", "int4"]),
+    required=True,
+    help="bfloat16: an ordinary checkpoint. int8, int4: packed, for npvlm alone.",
+)
+def convert(source: str, destination: Path, precision: str) -> None:
+    """Write the checkpoint SRC again as DST, with smaller weights.
+
+    SRC is a folder or a bundled model; DST is new, or an empty folder. It appears when it is whole.
+    """
+    from npvlm.work.convert import convert as run
+
+    progress = Progress()
+    try:
+        run(source, destination, precision, progress)
+    finally:
+        progress.end_line()
+    click.echo(f"{destination} is written.", err=True)
+
+
+class Progress:
+    """How far it is, on stderr: a line that changes every second on a terminal, else few lines."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.seconds = 1 if self.terminal else 30
+        self.said = time.monotonic()
+        self.begun = False
+
+    def __call__(self, done: int, weights: int, written: int, total: int) -> None:
+        now = time.monotonic()
+        if done < weights and now - self.said < self.seconds:
+            return
+        self.said = now
+        line = f"{done} of {weights} weights, {written / 1e9:.2f} of {total / 1e9:.2f} GB"
+        click.echo(f"\r{line}" if self.terminal else line, nl=not self.terminal, err=True)
+        self.begun = self.terminal
+
+    def end_line(self) -> None:
+        """Let what is said next begin a line of its own."""
+        if self.begun:
+            click.echo(err=True)

@@ -1,0 +1,430 @@
+"""Linear layers: twins of `ops.linear`, `ops.gated` and `ops.patch_embed`.
+
+Axis letters: T rows of inputs · O, I out and in features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from npvlm.kernels.compiling import compiled, parallel
+from npvlm.kernels.functions import ROUND, from_bits, gelu
+from npvlm.kernels.tiles import COLUMNS, INT4_BYTES, MIDDLE, TALL, WIDTH, add_tile
+from npvlm.kernels.vectors import LANES, pointer, pointer_as, rotate_lanes, rotate_pair
+from npvlm.model import ops
+from npvlm.model.tap import Tap
+from npvlm.model.weights import (
+    LEAST,
+    Array,
+    BFloat16,
+    BFloat16Product,
+    Int4,
+    Int8,
+    Weight,
+    unpack,
+)
+
+CHUNK = 64  # steps that are summed before the sum is added to the others
+ROWS = 192  # rows of inputs that share a block of weights while it is in the cache: 32 x 6, 48 x 4
+MOST, WHOLE, SMALLEST = np.float32(127), np.float32(128), np.float32(LEAST)
+NOTHING = np.empty(0, np.float32)
+NO_BYTES = np.empty((0, 0), np.uint8)
+NO_BYTES.flags.writeable = False
+NO_SCALES = np.empty(0, np.uint16)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows packed for `add_tile`: tiles of `height` rows, the last filled up with zeros.
+
+    panels [tiles, steps, height, elements of a step], flat
+    scales [T], offsets [T]: of rows rounded to 8 bits; empty otherwise. The offset is 128 times the
+    sum of a row, which the products of Int8 have too much.
+    """
+
+    panels: Array
+    height: int
+    steps: int
+    scales: NDArray[np.float32]
+    offsets: NDArray[np.int32]
+
+
+def linear(x: Array, w: Weight, bias: Weight | None = None) -> Array:
+    """Twin of ops.linear for float32: weights are widened in registers, straight from the file.
+
+    x [T, I], w [O, I], bias [O] -> [T, O]
+    """
+    if x.dtype != np.float32:
+        return ops.linear(x, w, bias)
+    y = np.empty((len(x), len(w)), np.float32)
+    flat = NOTHING if bias is None else np.ascontiguousarray(unpack(bias, np.float32))
+    _multiply(pack(x, w), (w, w), flat, y, False)
+    return y
+
+
+def gated(x: Array, gate: Weight, up: Weight, *, tap: Tap) -> Array:
+    """Twin of ops.gated that never stores the two wide products; it shows the tap nothing.
+
+    x [T, I], gate [O, I], up [O, I] -> [T, O]
+    """
+    if x.dtype != np.float32 or type(gate) is not type(up):
+        return ops.gated(x, gate, up, tap=tap)
+    y = np.empty((len(x), len(gate)), np.float32)
+    _multiply(pack(x, gate), (gate, up), NOTHING, y, True)
+    return y
+
+
+def patch_embed(pixel_values: Array, w: Array | BFloat16, bias: Weight) -> Array:
+    """Twin of ops.patch_embed.
+
+    pixel_values [N, C, R, R], w [D, C, p, p], bias [D] -> [N, P, D]
+    """
+    (D, C, p, _), squares = w.shape, ops.squares(pixel_values, w.shape[-1])  # [N, P, I]
+    flat = squares.reshape(-1, squares.shape[-1])
+    return linear(flat, w.reshape(D, C * p * p), bias).reshape(*squares.shape[:2], D)
+
+
+def tile_height(rows: int) -> int:
+    """The fewest rows a tile can have without making more tiles than needed."""
+    share = -(-rows // -(-rows // TALL))
+    return 1 if share == 1 else MIDDLE if share <= MIDDLE else TALL
+
+
+def pack(x: Array, w: Weight) -> Inputs:
+    """Prepare rows x [T, I] for products with weights like w: rounded as w asks, and in tiles."""
+    x = np.ascontiguousarray(x)
+    T, I = x.shape
+    height = tile_height(T)
+    tiles = -(-T // height)
+    if isinstance(w, Int8 | Int4):
+        eight = isinstance(w, Int8)
+        elements, inputs = (4 * LANES, 4 * LANES) if eight else (INT4_BYTES, 8 * LANES)
+        steps = -(-I // w.block) * w.block // inputs
+        panels = _aligned(tiles * steps * height * elements, np.int8)
+        scales, offsets = np.empty(T, np.float32), np.empty(T if eight else 0, np.int32)
+        _pack_integers(x, height, w.block, steps, panels, scales, offsets)
+        return Inputs(panels, height, steps, scales, offsets)
+    pairs = isinstance(w, BFloat16Product)
+    elements = 2 * LANES if pairs else LANES
+    steps = -(-I // elements)
+    if elements > I:
+        x = np.pad(x, ((0, 0), (0, elements - I)))
+    panels = _aligned(tiles * steps * height * elements, np.uint16 if pairs else np.float32)
+    if pairs:
+        _pack_bfloat16(x, height, steps, panels)
+    else:
+        _pack_float32(x, height, steps, panels)
+    return Inputs(panels, height, steps, NOTHING, np.empty(0, np.int32))
+
+
+def _aligned(size: int, dtype: Any) -> Array:
+    """Room for vectors that each lie in one cache line."""
+    room = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + len(room) - 64].view(dtype)
+
+
+def _stored(w: Weight, least: int) -> tuple[Array, Array, Array, Array]:
+    """The bytes of a weight, what its elements are, its group scales, and its row scales."""
+    if isinstance(w, Int8):
+        return _bytes(w.values), np.empty(0, np.int8), NO_BYTES, w.scales
+    if isinstance(w, Int4):
+        return _bytes(w.nibbles), np.empty(0, np.uint8), _bytes(w.scales), np.ones(len(w), "f4")
+    values = w.bits if isinstance(w, BFloat16) else w
+    if values.dtype == np.float64:
+        values = values.astype(np.float32)
+    if values.dtype == np.float16:
+        values = values.view(np.int16)
+    if values.shape[1] < least:  # a row shorter than a step
+        values = np.pad(values, ((0, 0), (0, least - values.shape[1])))
+    return _bytes(values), np.empty(0, values.dtype), NO_BYTES, NOTHING
+
+
+def _bytes(values: Array) -> NDArray[np.uint8]:
+    """An array [O, I] as bytes, which need no alignment."""
+    flat = np.ascontiguousarray(values).view(np.uint8)
+    flat.flags.writeable = False
+    return flat
+
+
+def _multiply(x: Inputs, weights: tuple[Weight, Weight], bias: Array, y: Array, gate: bool) -> None:
+    """Write the products of packed rows with weights to y [T, O], of two weights if they gate."""
+    least = 2 * LANES if x.panels.dtype == np.uint16 else LANES
+    w, like, groups, scales = _stored(weights[0], least)
+    w2, _, groups2, scales2 = _stored(weights[1], least) if gate else (w, like, groups, scales)
+    zero = np.empty(0, np.int32 if like.dtype == np.int8 else np.float32)
+    _products(
+        x.panels, x.height, x.steps, x.scales, x.offsets, like, w, groups, scales,
+        w2, groups2, scales2, zero, bias, y, gate,
+    )  # fmt: skip
+
+
+@parallel
+def _products(
+    x, height, steps, row_scales, offsets, like, w, groups, scales,
+    w2, groups2, scales2, zero, bias, y, gate,
+):  # fmt: skip
+    """One block of WIDTH columns and at most ROWS rows at a time, whose sums stay in the cache."""
+    T, O = y.shape
+    size = x.size // -(-T // height)  # elements of a packed tile
+    parts = -(-T // ROWS)
+    for item in prange(-(-O // WIDTH) * parts):
+        column, row = item // parts * WIDTH, item % parts * ROWS
+        rows, columns = min(ROWS, T - row), min(WIDTH, O - column)
+        tiles = -(-rows // height)
+        panels, start = x[row // height * size :], offsets[row:]
+        sums = np.empty((tiles * height, WIDTH), zero.dtype)
+        _sum_block(panels, size, height, tiles, steps, start, w, like, groups, column, sums)
+        if gate:
+            ups = np.empty((tiles * height, WIDTH), zero.dtype)
+            _sum_block(panels, size, height, tiles, steps, start, w2, like, groups2, column, ups)
+            for i in range(rows):
+                for j in range(columns):
+                    left, right = np.float32(sums[i, j]), np.float32(ups[i, j])
+                    if len(row_scales):
+                        left *= row_scales[row + i] * scales[column + j]
+                        right *= row_scales[row + i] * scales2[column + j]
+                    y[row + i, column + j] = gelu(left) * right
+        else:
+            for i in range(rows):
+                for j in range(columns):
+                    value = np.float32(sums[i, j])
+                    if len(row_scales):
+                        value *= row_scales[row + i] * scales[column + j]
+                    if len(bias):
+                        value += bias[column + j]
+                    y[row + i, column + j] = value
+
+
+@compiled
+def _sum_block(panels, size, height, tiles, steps, offsets, w, like, groups, first, sums):
+    """Sum the products of packed rows with rows `first` and following of w.
+
+    Many tiles take CHUNK steps of all the columns at a time, which stay in the cache for the next
+    tile; one tile alone takes a few columns to their end, as they lie in memory. Either way a sum
+    is made of the same chunks in the same order.
+    """
+    length, most = w.shape[1] // like.itemsize, w.shape[0] - 1
+    weights, scales = pointer_as(w, like), pointer_as(groups, NO_SCALES)
+    for i in range(len(sums)):
+        start = -offsets[i] if i < len(offsets) else 0
+        for j in range(WIDTH):
+            sums[i, j] = start
+    group = WIDTH if tiles > 1 else COLUMNS
+    for left in range(0, min(WIDTH, most + 1 - first), group):
+        for begin in range(0, steps, CHUNK):
+            end = min(begin + CHUNK, steps)
+            for tile in range(tiles):
+                x = pointer(panels, tile * size)
+                for j in range(left, min(left + group, most + 1 - first), COLUMNS):
+                    place = pointer(sums, tile * height * WIDTH + j)
+                    at = first + j
+                    if height == TALL:
+                        add_tile(
+                            x,
+                            weights,
+                            length,
+                            length,
+                            scales,
+                            at,
+                            most,
+                            begin,
+                            end,
+                            place,
+                            TALL,
+                            COLUMNS,
+                        )
+                    elif height == MIDDLE:
+                        add_tile(
+                            x,
+                            weights,
+                            length,
+                            length,
+                            scales,
+                            at,
+                            most,
+                            begin,
+                            end,
+                            place,
+                            MIDDLE,
+                            COLUMNS,
+                        )
+                    else:
+                        add_tile(
+                            x,
+                            weights,
+                            length,
+                            length,
+                            scales,
+                            at,
+                            most,
+                            begin,
+                            end,
+                            place,
+                            1,
+                            COLUMNS,
+                        )
+
+
+@parallel
+def _pack_float32(x, height, steps, panels):
+    tiles = -(-len(x) // height)
+    if tiles == 1:  # one tile is packed before another thread is awake
+        _pack_float32_tile(x, 0, height, steps, panels)
+    else:
+        for tile in prange(tiles):
+            _pack_float32_tile(x, tile, height, steps, panels)
+
+
+@compiled
+def _pack_float32_tile(x, tile, height, steps, panels):
+    T, I = x.shape
+    size = height * steps * LANES
+    panel = panels[tile * size : (tile + 1) * size].reshape(steps, height, LANES)
+    for i in range(height):
+        row = tile * height + i
+        for step in range(steps):
+            at = min(step * LANES, I - LANES)
+            for lane in range(LANES):
+                counted = at + lane < step * LANES
+                panel[step, i, lane] = 0 if counted or row >= T else x[row, at + lane]
+
+
+@parallel
+def _pack_bfloat16(x, height, steps, panels):
+    tiles = -(-len(x) // height)
+    if tiles == 1:
+        _pack_bfloat16_tile(x, 0, height, steps, panels)
+    else:
+        for tile in prange(tiles):
+            _pack_bfloat16_tile(x, tile, height, steps, panels)
+
+
+@compiled
+def _pack_bfloat16_tile(x, tile, height, steps, panels):
+    """Round to the nearest bfloat16, ties to even bits; a nan stays one."""
+    T, I = x.shape
+    values = x.view(np.uint32)
+    width = 2 * LANES
+    size = height * steps * width
+    panel = panels[tile * size : (tile + 1) * size].reshape(steps, height, width)
+    for i in range(height):
+        row = tile * height + i
+        for step in range(steps):
+            at = min(step * width, I - width)
+            for lane in range(width):
+                counted = at + lane < step * width
+                n = np.uint32(0) if counted or row >= T else values[row, at + lane]
+                upper = n >> np.uint32(16)
+                nan = n & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
+                rounded = (n + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
+                panel[step, i, lane] = upper | np.uint32(0x40) if nan else rounded
+
+
+@parallel
+def _pack_integers(x, height, block, steps, panels, scales, offsets):
+    tiles = -(-len(x) // height)
+    if tiles == 1:
+        _pack_integers_tile(x, 0, height, block, steps, panels, scales, offsets)
+    else:
+        for tile in prange(tiles):
+            _pack_integers_tile(x, tile, height, block, steps, panels, scales, offsets)
+
+
+@compiled
+def _pack_integers_tile(x, tile, height, block, steps, panels, scales, offsets):
+    """Rotate rows and round each to whole steps of its own scale: see `weights.quantize`.
+
+    Offsets are asked for by Int8, whose weights are multiplied with 128 added: 128 times the sum of
+    a row. Int4 has its own beside each 128 inputs.
+    """
+    T, I = x.shape
+    eight = len(offsets) > 0
+    inputs, elements = (4 * LANES, 4 * LANES) if eight else (8 * LANES, INT4_BYTES)
+    size = height * steps * elements
+    panel = panels[tile * size : (tile + 1) * size]
+    panel[:] = 0
+    row = np.empty(steps * inputs, np.float32)
+    bits = row.view(np.int32)
+    for i in range(min(height, T - tile * height)):
+        t = tile * height + i
+        row[:I] = x[t]
+        row[I:] = 0
+        _rotate(row, block)
+        most = np.int32(
+            0
+        )  # as integers, floats without their sign have the same order; nan is last
+        for j in range(len(bits)):
+            most = max(most, bits[j] & np.int32(0x7FFFFFFF))
+        largest = from_bits(np.int32(most))
+        scales[t] = largest / MOST
+        usable = SMALLEST <= largest < np.inf
+        gain = MOST / largest if usable else np.float32(0)
+        total = 0
+        for step in range(steps):
+            here = row[step * inputs : (step + 1) * inputs]
+            packed = panel[(step * height + i) * elements : (step * height + i + 1) * elements]
+            if eight:
+                total += _pack_step(here, gain, packed)
+            else:
+                _pack_groups(here, gain, packed)
+        if eight:
+            offsets[t] = 128 * total
+
+
+@compiled
+def _pack_step(row, gain, packed):
+    """64 inputs of Int8; returns their sum."""
+    total = np.int32(0)
+    for j in range(4 * LANES):
+        value = _nearest(row[j] * gain)
+        total += value
+        packed[j] = value
+    return total
+
+
+@compiled
+def _pack_groups(row, gain, packed):
+    """128 inputs of Int4: the first halves of four groups, their second halves, and lane starts.
+
+    Weights are stored with 8 added; what that makes a lane too large is where it starts below zero.
+    """
+    for half in range(2):
+        for group in range(4):
+            for j in range(LANES):
+                value = _nearest(row[group * 32 + half * 16 + j] * gain)
+                packed[half * 64 + group * 16 + j] = value
+    starts = packed[128:].view(np.int32)
+    for lane in range(LANES):
+        total = np.int32(0)
+        for j in range(4):
+            total += np.int32(packed[lane * 4 + j]) + np.int32(packed[64 + lane * 4 + j])
+        starts[lane] = -8 * total
+
+
+@compiled
+def _nearest(x):
+    """Round to the nearest whole number, ties to even; zero for what is no number."""
+    return np.int32((x + ROUND) - ROUND) if abs(x) < WHOLE else np.int32(0)
+
+
+@compiled
+def _rotate(row, block):
+    """Twin of weights.rotate for one row, in place: the same additions in the same order."""
+    for begin in range(0, len(row), block):
+        for start in range(begin, begin + block, LANES):
+            rotate_lanes(pointer(row, start))
+        h = LANES
+        while h < block:
+            for start in range(begin, begin + block, 2 * h):
+                for j in range(start, start + h, LANES):
+                    rotate_pair(pointer(row, j), pointer(row, j + h))
+            h *= 2
+    gain = np.float32(1 / np.sqrt(block))
+    for j in range(len(row)):
+        row[j] *= gain

@@ -1,0 +1,187 @@
+"""LLVM vector code, written by the intrinsics of this folder: loads, widening, products, sums.
+
+numba has no vector type, so the innermost loops are emitted as LLVM instructions on vectors of
+sixteen lanes. LLVM makes of them what the CPU has: one AVX-512 register, two of AVX2, four of NEON.
+A sum always has the same sixteen lanes, each added up in order, then the tree of `fold`; there are
+no flags that let LLVM reorder or contract, so float32 results are the same bits on every CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+LANES = 16
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+BYTES = ir.VectorType(I8, 4 * LANES)
+
+# llvmlite has no types to check against.
+Value = Any
+Builder = Any
+
+
+def features() -> frozenset[str]:
+    """What the CPU that numba compiles for can do; NUMBA_CPU_FEATURES can make that less."""
+    flags: str = cpu_target.target_context.codegen().magic_tuple()[2]
+    return frozenset(flag[1:] for flag in flags.split(",") if flag.startswith("+"))
+
+
+@intrinsic
+def pointer(typing: Any, array: Any, offset: Any) -> Any:
+    """The address of element `offset` of a C-contiguous array."""
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        data = context.make_array(array)(context, builder, args[0]).data
+        return builder.gep(data, [args[1]])
+
+    return types.CPointer(array.dtype)(array, types.int64), codegen
+
+
+@intrinsic
+def pointer_as(typing: Any, array: Any, like: Any) -> Any:
+    """The address of an array of bytes, as one of elements such as those of the array `like`."""
+    to = types.CPointer(like.dtype)
+
+    def codegen(context: Any, builder: Builder, signature: Any, args: Any) -> Value:
+        data = context.make_array(array)(context, builder, args[0]).data
+        return builder.bitcast(data, context.get_value_type(to))
+
+    return to(array, like), codegen
+
+
+@intrinsic
+def rotate_lanes(typing: Any, address: Any) -> Any:
+    """The first four levels of a Walsh-Hadamard transform, in place, on sixteen float32."""
+
+    def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
+        v = load(b, args[0], FLOATS)
+        for h in (1, 2, 4, 8):
+            partner = lanes(b, v, v, [lane ^ h for lane in range(LANES)])
+            sign = ir.Constant(FLOATS, [-1.0 if lane & h else 1.0 for lane in range(LANES)])
+            v = b.fadd(partner, b.fmul(sign, v))
+        store(b, v, args[0])
+        return context.get_dummy_value()
+
+    return types.void(address), codegen
+
+
+@intrinsic
+def rotate_pair(typing: Any, first: Any, second: Any) -> Any:
+    """Sixteen float32 at two places each, a and b, become a + b and a - b."""
+
+    def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
+        x, y = (load(b, address, FLOATS) for address in args)
+        store(b, b.fadd(x, y), args[0])
+        store(b, b.fsub(x, y), args[1])
+        return context.get_dummy_value()
+
+    return types.void(first, second), codegen
+
+
+def load(b: Builder, address: Value, kind: ir.VectorType) -> Value:
+    """A vector from any address, aligned or not."""
+    return b.load(b.bitcast(address, kind.as_pointer()), align=1)
+
+
+def store(b: Builder, value: Value, address: Value) -> None:
+    """A vector to any address, aligned or not."""
+    b.store(value, b.bitcast(address, value.type.as_pointer()), align=1)
+
+
+def splat(kind: ir.VectorType, number: float) -> ir.Constant:
+    """A vector of one number."""
+    return ir.Constant(kind, [number] * kind.count)
+
+
+def lanes(b: Builder, first: Value, second: Value, order: list[int]) -> Value:
+    """Lanes picked from two vectors, those of the second counted on from the first's."""
+    return b.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(order)), order))
+
+
+def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
+    """x * y + z, rounded once, lane by lane."""
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
+    call = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v16f32")
+    return b.call(call, [x, y, z])
+
+
+def upper_halves(b: Builder, bits: Value) -> Value:
+    """Sixteen bfloat16, in 16-bit lanes, as float32: a bfloat16 is the upper half of one."""
+    wide = ir.VectorType(I32, bits.type.count)
+    shifted = b.shl(b.zext(bits, wide), splat(wide, 16))
+    return b.bitcast(shifted, ir.VectorType(F32, bits.type.count))
+
+
+def fold(b: Builder, sums: list[Value]) -> Value:
+    """Add up the lanes of up to sixteen vectors: lane n of the result is the sum of vector n.
+
+    Always the same tree: lane i and i + 8, then i and i + 4, i + 2, i + 1. Two vectors are folded
+    into one at every level, which takes a third of the instructions that one by one would.
+    """
+    add = b.fadd if sums[0].type == FLOATS else b.add
+    half = LANES // 2
+    while half:
+        keep = [i for i in range(LANES) if not i & half]  # of the first, then of the second
+        left = keep + [LANES + i for i in keep]
+        right = [i + half for i in left]
+        pairs = [(sums[i], sums[min(i + 1, len(sums) - 1)]) for i in range(0, len(sums), 2)]
+        sums = [add(lanes(b, *pair, left), lanes(b, *pair, right)) for pair in pairs]
+        half //= 2
+    return sums[0]
+
+
+def byte_products(b: Builder, target: frozenset[str], total: Value, u: Value, s: Value) -> Value:
+    """Add to each lane of `total` the products of its four unsigned and four signed bytes.
+
+    No product saturates: without the instruction for it, bytes are widened to 16 bits first.
+    """
+    if "avx512vnni" in target:
+        kind = ir.FunctionType(INTS, [INTS] * 3)
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        call = cgutils.get_or_insert_function(b.module, kind, name)
+        return b.call(call, [total, b.bitcast(u, INTS), b.bitcast(s, INTS)])
+    words, pairs = ir.VectorType(I16, LANES), ir.VectorType(I32, LANES // 2)
+    quarters = []
+    for start in range(0, 4 * LANES, LANES):
+        part = list(range(start, start + LANES))
+        unsigned = b.zext(lanes(b, u, u, part), words)
+        signed = b.sext(lanes(b, s, s, part), words)
+        if "avx2" in target:
+            kind = ir.FunctionType(pairs, [words] * 2)
+            call = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx2.pmadd.wd")
+            sums = b.call(call, [unsigned, signed])
+        else:
+            products = b.sext(b.mul(unsigned, signed), INTS)
+            sums = _neighbours(b, products)
+        quarters.append(_neighbours(b, sums))
+    halves = [lanes(b, *quarters[i : i + 2], list(range(8))) for i in (0, 2)]
+    return b.add(total, lanes(b, *halves, list(range(16))))
+
+
+def _neighbours(b: Builder, v: Value) -> Value:
+    """The sums of lanes 0 and 1, 2 and 3, and so on."""
+    even = list(range(0, v.type.count, 2))
+    return b.add(lanes(b, v, v, even), lanes(b, v, v, [i + 1 for i in even]))
+
+
+def pair_products(b: Builder, target: frozenset[str], total: Value, x: Value, y: Value) -> Value:
+    """Add to each lane of `total` the products of its two pairs of bfloat16, given as 32 bits.
+
+    The instruction for it takes numbers below 2**-126 as zero; without it they count.
+    """
+    if "avx512bf16" in target:
+        kind = ir.FunctionType(FLOATS, [FLOATS, INTS, INTS])
+        name = "llvm.x86.avx512bf16.dpbf16ps.512"
+        call = cgutils.get_or_insert_function(b.module, kind, name)
+        return b.call(call, [total, x, y])
+    upper, shift = splat(INTS, -65536), splat(INTS, 16)
+    odd = [b.bitcast(b.and_(v, upper), FLOATS) for v in (x, y)]
+    even = [b.bitcast(b.shl(v, shift), FLOATS) for v in (x, y)]
+    return fma(b, *even, fma(b, *odd, total))

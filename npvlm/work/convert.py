@@ -1,0 +1,168 @@
+"""Write a checkpoint again at another precision, block by block: a 28B needs no more than a 3B."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npvlm.api import find_folder
+from npvlm.config import FORMAT_VERSION, PACKED, Values, parse_config, read_config, read_json
+from npvlm.errors import NpvlmError, UsageError
+from npvlm.files.checkpoint import INDEX, OTHER_FORMATS, open_checkpoint
+from npvlm.files.output import new_folder
+from npvlm.files.packed import blocks_of, packing, part_tensors, parts_of
+from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
+from npvlm.model.weights import PACKERS, Array, BFloat16, Weight, round_to_bfloat16, unpack
+
+SHARD_BYTES = 5_000_000_000
+LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in other formats larger
+
+Progress = Callable[[int, int, int, int], None]
+
+
+def convert(source: str | Path, destination: Path, precision: str, progress: Progress) -> None:
+    """Write a checkpoint folder whose weights are stored as `precision` computes with them.
+
+    docs/format.md says what is in it. It appears whole or not at all.
+
+    Parameters
+    ----------
+    source : the name of a bundled model, or a checkpoint folder as published
+    destination : a folder that is not there yet, or an empty one
+    precision : "bfloat16", "int8" or "int4"
+    progress : told before every block and at the end: weights done, weights in all, bytes
+        written, bytes in all
+
+    Raises
+    ------
+    UsageError
+        Where the source is packed already or the destination is no place for a new folder.
+    NpvlmError
+        Where the source is damaged, or the disk too small or not to be written.
+    """
+    folder = find_folder(source)
+    destination = destination.expanduser().resolve()
+    if destination.is_relative_to(folder.resolve()) and destination != folder.resolve():
+        raise UsageError(f"{destination} lies inside {folder}, expected a place beside it.")
+    config = read_config(folder)
+    if config.quantization:
+        raise UsageError(
+            f"{folder} is packed as {config.quantization} already; convert the original checkpoint."
+        )
+    weights = open_checkpoint(folder, config)
+    layout = {name: _tensors(name, weight, precision) for name, weight in weights.items()}
+    copied = _small_files(folder)
+    total = sum(tensor.bytes for tensors in layout.values() for tensor in tensors.values())
+
+    with new_folder(destination) as draft:
+        _check_space(draft, total + sum(map(len, copied.values())))
+        for file_name, content in copied.items():
+            (draft / file_name).write_bytes(content)
+        values = _config(read_json(folder / "config.json"), precision)
+        _write_json(draft / "config.json", values)
+
+        shards = shard(list(layout.values()), SHARD_BYTES)
+        if len(shards) > 1:
+            _write_json(draft / INDEX, shard_index(shards))
+        done = written = 0
+        for file_name, parts in shards.items():
+            inside = {name: tensor for tensors in parts for name, tensor in tensors.items()}
+            with tensor_file(draft / file_name, inside) as output:
+                for tensors in parts:
+                    name = next(iter(tensors))
+                    for first, arrays in _pieces(name, weights[name], precision):
+                        progress(done, len(layout), written, total)
+                        for part, array in zip(tensors, arrays, strict=True):
+                            output.write_rows(part, first, array)
+                            written += array.nbytes
+                    done += 1
+        progress(done, len(layout), written, total)
+        # What was written is opened as it will be used, before it takes its place.
+        open_checkpoint(draft, replace(config, quantization=parse_config(values).quantization))
+
+
+def _tensors(name: str, weight: Weight, precision: str) -> dict[str, Tensor]:
+    """The tensors that a weight becomes, its own name first."""
+    shape = weight.shape
+    if kind := packing(name, shape, precision):
+        parts = part_tensors(name, shape, kind)
+        return {part: Tensor(dtype, size) for part, (dtype, size) in parts.items()}
+    if isinstance(weight, BFloat16) or precision == "bfloat16":
+        return {name: Tensor("BF16", shape)}
+    dtype = weight.dtype if isinstance(weight, np.ndarray) else None
+    return {name: Tensor("F16" if dtype == np.float16 else "F32", shape)}
+
+
+def _pieces(name: str, weight: Weight, precision: str) -> Iterator[tuple[int, tuple[Array, ...]]]:
+    """What a weight becomes, a few rows at a time: the first row, and each tensor's part."""
+    kind = packing(name, weight.shape, precision)
+    for rows in blocks_of(weight):
+        block = weight[rows]
+        numbers = unpack(block, np.float32)
+        if not np.isfinite(numbers).all():
+            raise NpvlmError(f"{name} holds inf or nan, expected numbers; copy the model again.")
+        if kind:
+            yield rows.start, parts_of(PACKERS[kind](numbers))
+        elif isinstance(block, BFloat16):
+            yield rows.start, (block.bits,)
+        elif precision == "bfloat16":
+            yield rows.start, (round_to_bfloat16(numbers).bits,)
+        elif isinstance(block, np.ndarray):
+            yield rows.start, (block,)
+
+
+def _config(values: dict[str, Any], precision: str) -> Values:
+    """The config.json of what is written: a type of weights, or how they are packed."""
+    if precision in PACKED:
+        entry = {"format": "npvlm", "version": FORMAT_VERSION, "precision": precision}
+        return values | {"quantization": entry}
+    if "dtype" not in values:
+        values = values | {"torch_dtype": precision}
+    return _retyped(values, precision)
+
+
+def _retyped(values: Values, precision: str) -> dict[str, Any]:
+    """Values whose fields for the type of the weights say `precision`, in every part."""
+    return {
+        key: _retyped(value, precision)
+        if isinstance(value, dict)
+        else precision
+        if key in ("dtype", "torch_dtype")
+        else value
+        for key, value in values.items()
+    }
+
+
+def _small_files(folder: Path) -> dict[str, bytes]:
+    """Vocabulary, settings, licence and the like: what goes with the weights as it is."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        weights = any(file.match(kind) for kind in ("*.safetensors", *OTHER_FORMATS))
+        written = file.name.endswith(".index.json") or file.name == "config.json"
+        if weights or written or file.name.startswith(".") or not file.is_file():
+            continue
+        try:
+            if file.stat().st_size <= LARGEST_COPIED:
+                found[file.name] = file.read_bytes()
+        except OSError as error:
+            raise NpvlmError(f"{file} cannot be read: {error.strerror or error}.") from None
+    return found
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NpvlmError(
+            f"{folder.parents[1]} has {free / 1e9:.1f} GB left, expected {needed / 1e9:.1f} GB; "
+            "name a place on another disk."
+        )
+
+
+def _write_json(path: Path, values: Values) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,212 @@
+"""Checkpoints of random weights: the sizes and files of published models, and no knowledge.
+
+For measuring time and memory. Every tensor repeats one block of random numbers, so that gigabytes
+are written in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npvlm.config import Values, parse_config
+from npvlm.errors import NpvlmError, UsageError
+from npvlm.files.names import Shapes, expected_shapes
+
+BLOCK = 4_194_301  # numbers in the block; a prime, so that no two rows of a weight are alike
+SPREAD = np.float32(0.02)
+IMAGE_TOKEN = 257152
+WEIGHTS = "model.safetensors"
+
+_VISION = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+_TEXT: dict[str, dict[str, Any]] = {
+    "paligemma": {
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "model_type": "gemma",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 18,
+        "num_key_value_heads": 1,
+        "vocab_size": 257216,
+    },
+    "paligemma2": {
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "model_type": "gemma2",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "vocab_size": 257216,
+    },
+}
+
+
+def synthetic_config(name: str) -> dict[str, Any]:
+    """The config.json of a published 3B, such as "paligemma2-3b-448"."""
+    family, _, size = name.split("-")
+    text = _TEXT[family]
+    return {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "image_token_index": IMAGE_TOKEN,
+        "model_type": "paligemma",
+        "pad_token_id": 0,
+        "projection_dim": text["hidden_size"],
+        "text_config": text,
+        "torch_dtype": "bfloat16",
+        "vision_config": _VISION | {"image_size": int(size), "projection_dim": text["hidden_size"]},
+    }
+
+
+def weight_bytes(values: Values) -> int:
+    """How much the weights of a config.json take in bfloat16."""
+    return 2 * sum(map(math.prod, expected_shapes(parse_config(values)).values()))
+
+
+def check_place(values: Values, folder: Path | None) -> None:
+    """Refuse a place for a checkpoint that is taken, not there, or too small.
+
+    Parameters are those of `save_checkpoint`; no folder is the system's temporary one.
+
+    Raises
+    ------
+    UsageError
+        Where the folder is something else than new or empty.
+    NpvlmError
+        Where the disk has too little room.
+    """
+    if folder is None:
+        check_disk(Path(tempfile.gettempdir()), weight_bytes(values))
+        return
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already, expected a new or an empty folder.")
+    if not folder.parent.is_dir():
+        raise UsageError(
+            f"{folder.parent} is no folder, expected one that is there; make it first."
+        )
+    check_disk(folder.parent, weight_bytes(values))
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Refuse a folder whose disk has too little room."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + 2**26:  # some room for the other files and for everyone else
+        raise NpvlmError(
+            f"{folder} has {free / 1e9:.1f} GB left, expected {needed / 1e9:.1f} GB for random "
+            "weights; name another place with --save or in $TMPDIR."
+        )
+
+
+@contextmanager
+def synthetic_checkpoint(values: Values) -> Iterator[Path]:
+    """A random checkpoint in the system's temporary folder, removed at the end.
+
+    Parameters and errors are those of `save_checkpoint`.
+    """
+    check_place(values, None)
+    with tempfile.TemporaryDirectory(prefix="npvlm-") as folder:
+        _write(Path(folder), values)
+        yield Path(folder)
+
+
+def save_checkpoint(values: Values, folder: Path) -> None:
+    """Write a random checkpoint that stays. It has everything but a tokenizer.
+
+    It is written beside its place and moved there when it is whole; whatever ends that early,
+    nothing stays behind.
+
+    Parameters
+    ----------
+    values : the contents of config.json
+    folder : a new one, or an empty one
+
+    Raises
+    ------
+    UsageError, NpvlmError
+        As `check_place` does; also where it cannot be written.
+    """
+    check_place(values, folder)
+    folder = folder.resolve()
+    try:
+        draft = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with draft as name:
+        whole = Path(name) / "checkpoint"
+        whole.mkdir()
+        _write(whole, values)
+        whole.replace(folder)
+
+
+def _unwritable(folder: Path, error: OSError) -> NpvlmError:
+    reason = error.strerror or str(error)
+    return NpvlmError(f"{folder} cannot be written ({reason}); name another place.")
+
+
+def _write(folder: Path, values: Values) -> None:
+    """Write all files, or say in a sentence why not."""
+    size, patch = values["vision_config"]["image_size"], values["vision_config"]["patch_size"]
+    pictures = {
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "SiglipImageProcessor",
+        "image_seq_length": (size // patch) ** 2,
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "PaliGemmaProcessor",
+        "size": {"height": size, "width": size},
+    }
+    try:
+        for name, content in (
+            ("config.json", values),
+            ("added_tokens.json", {"<image>": values["image_token_index"]}),
+            ("preprocessor_config.json", pictures),
+        ):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        _write_tensors(folder / WEIGHTS, expected_shapes(parse_config(values)))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _write_tensors(path: Path, shapes: Shapes) -> None:
+    """Write one safetensors file of bfloat16 tensors, block by block."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    numbers = np.random.default_rng(0).standard_normal(BLOCK, np.float32) * SPREAD
+    block = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for shape in shapes.values():
+            left = math.prod(shape)
+            while left:
+                file.write(block[: min(left, BLOCK)].data)
+                left -= min(left, BLOCK)
+        file.flush()
+        os.fsync(file.fileno())  # or the disk would still be busy when the clock starts

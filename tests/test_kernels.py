@@ -1,0 +1,211 @@
+"""The kernels, held against the definitions in float64, and against themselves bit for bit."""
+
+from __future__ import annotations
+
+import inspect
+
+import numba
+import numpy as np
+import pytest
+
+from npvlm import kernels
+from npvlm.kernels import attention, products
+from npvlm.kernels.tiles import TALL
+from npvlm.model import ops as definitions
+from npvlm.model.tap import closed
+from npvlm.model.weights import (
+    BFloat16Product,
+    Weight,
+    pack_int4,
+    pack_int8,
+    round_to_bfloat16,
+    unpack,
+)
+
+KINDS = ("float32", "float16", "bfloat16", "bfloat16 products", "int8", "int4")
+ROUNDED = KINDS[3:]  # kinds whose inputs are rounded: the definition rounds them alike
+# Rows of no, one and several tiles; columns that fill no block; inputs that end inside a step.
+SIZES = [(1, 71, 72), (5, 64, 588), (8, 130, 2304), (7, 9, 10), (TALL + 1, 66, 1152), (200, 70, 33)]
+
+
+def stored(w: np.ndarray, kind: str) -> Weight:
+    """Weights w [O, I] as a checkpoint of that kind has them."""
+    rounded = round_to_bfloat16(w)
+    return {
+        "float32": lambda: w,
+        "float16": lambda: w.astype(np.float16),
+        "bfloat16": lambda: rounded,
+        "bfloat16 products": lambda: BFloat16Product(rounded.bits),
+        "int8": lambda: pack_int8(w),
+        "int4": lambda: pack_int4(w),
+    }[kind]()
+
+
+def numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+def test_every_kernel_has_the_arguments_of_its_definition() -> None:
+    assert len(kernels.__all__) > 10
+    for name in kernels.__all__:
+        ours, theirs = getattr(kernels, name), getattr(definitions, name)
+        assert list(inspect.signature(ours).parameters) == list(
+            inspect.signature(theirs).parameters
+        )
+        assert ours is theirs or "Twin of ops." in (ours.__doc__ or "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_linear_is_its_definition_up_to_rounding(rng, kind, size) -> None:
+    rows, outputs, inputs = size
+    w, bias = stored(numbers(rng, outputs, inputs), kind), numbers(rng, outputs)
+    x = numbers(rng, rows, inputs)
+    y = kernels.linear(x, w, bias)
+    if kind == "int8":  # whole numbers: nothing is left to round differently
+        np.testing.assert_array_equal(y, definitions.linear(x, w, bias))
+        return
+    wide = unpack(round_to_bfloat16(x), np.float64) if kind == "bfloat16 products" else x
+    truth = definitions.linear(wide.astype(np.float64), w, bias)
+    if kind == "int4":
+        truth = definitions.linear(x, w, bias).astype(np.float64)
+    error = np.sqrt(np.mean((y - truth) ** 2) / np.mean(truth**2))
+    assert error < 3 * 2.0**-24 * max(1, np.log2(inputs / 64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_is_nearer_to_the_truth_than_its_definition(rng, kind) -> None:
+    """With float32 sums; those of the definition are made by the BLAS of the machine."""
+    if kind in ("int8", "int4"):
+        pytest.skip("the definition sums whole numbers, exactly")
+    x, w = numbers(rng, 64, 4304), stored(numbers(rng, 96, 4304), kind)
+    inputs = unpack(round_to_bfloat16(x), np.float32) if kind == "bfloat16 products" else x
+    truth = inputs.astype(np.float64) @ unpack(w, np.float64).T
+    ours = np.mean((kernels.linear(x, w) - truth) ** 2)
+    assert ours <= np.mean((definitions.linear(x, w) - truth) ** 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_alone_has_the_bits_that_it_has_among_others(rng, kind) -> None:
+    x, w = numbers(rng, 201, 1152), stored(numbers(rng, 70, 1152), kind)
+    together = kernels.linear(x, w)
+    for rows in (1, 2, 3, 4, 5, 7, 8, 13, 192):
+        np.testing.assert_array_equal(kernels.linear(x[:rows], w), together[:rows])
+        np.testing.assert_array_equal(kernels.linear(x[-rows:], w), together[-rows:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_reads_weights_at_any_address(rng, kind) -> None:
+    x, w = numbers(rng, 3, 70), stored(numbers(rng, 9, 70), kind)
+    expected = kernels.linear(x, w)
+    for values in (
+        (v for v in vars(w).values() if isinstance(v, np.ndarray))
+        if not isinstance(w, np.ndarray)
+        else (w,)
+    ):
+        room = np.zeros(values.nbytes + 1, np.uint8)
+        moved = np.ndarray(values.shape, values.dtype, room, 1)
+        moved[...] = values
+        if values is w:
+            np.testing.assert_array_equal(kernels.linear(x, moved), expected)
+        elif values.ndim == 2 and values.dtype.itemsize < 4:
+            name = next(n for n, v in vars(w).items() if v is values)
+            other = type(w)(**{**vars(w), name: moved})
+            np.testing.assert_array_equal(kernels.linear(x, other), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gated_is_the_bent_product_times_the_other(rng, kind) -> None:
+    x = numbers(rng, 9, 96)
+    gate, up = (stored(numbers(rng, 70, 96) * 0.2, kind) for _ in range(2))
+    y = kernels.gated(x, gate, up, tap=closed)
+    apart = kernels.gelu_tanh(kernels.linear(x, gate)) * kernels.linear(x, up)
+    np.testing.assert_array_equal(y, apart)
+
+
+def test_nan_in_a_row_stays_in_that_row(rng) -> None:
+    x = numbers(rng, 8, 96)
+    x[3, 5] = np.nan
+    for kind in KINDS:
+        y = kernels.linear(x, stored(numbers(rng, 20, 96), kind))
+        assert np.isnan(y[3]).all() and np.isfinite(np.delete(y, 3, axis=0)).all()
+
+
+# Heads, key/value heads, width, cap, window
+ATTENTION = [
+    (8, 1, 256, None, None),
+    (16, 16, 72, None, None),
+    (6, 2, 10, 2.0, None),
+    (6, 2, 40, 2.0, 30),
+    (8, 4, 256, 50.0, 100),
+]
+
+
+def scene(rng, T: int, H: int, K: int, d: int, window: int | None) -> tuple:
+    """T tokens that see what came before, in a slab whose other rows are no numbers."""
+    begin, before = 7, 93
+    rows = begin + before + T
+    q, k, v = numbers(rng, T, H, d), numbers(rng, rows + 20, K, d), numbers(rng, rows + 20, K, d)
+    for slab in (k, v):
+        slab[:begin], slab[rows:] = np.nan, np.nan
+    start = np.full(T, begin)
+    last = begin + before + np.arange(T) + 1
+    first = start if window is None else np.maximum(start, last - window)
+    return q, k, v, start, first, last
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attend_is_its_definition_up_to_rounding(rng, case) -> None:
+    H, K, d, cap, window = case
+    q, k, v, *rows = scene(rng, 70, H, K, d, window)
+    wide = (a.astype(np.float64) for a in (q, k, v))
+    truth = definitions.attend(*wide, *rows, d**-0.5, cap)
+    error = np.sqrt(np.mean((kernels.attend(q, k, v, *rows, d**-0.5, cap) - truth) ** 2))
+    narrow = np.sqrt(np.mean((definitions.attend(q, k, v, *rows, d**-0.5, cap) - truth) ** 2))
+    assert error <= 1.2 * narrow
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_a_token_attends_alone_as_it_does_among_others(rng, case) -> None:
+    H, K, d, cap, window = case
+    q, k, v, *rows = scene(rng, 70, H, K, d, window)
+    together = kernels.attend(q, k, v, *rows, d**-0.5, cap)
+    for t in (0, 1, 33, 69):
+        one = slice(t, t + 1)
+        alone = kernels.attend(q[one], k, v, *(r[one] for r in rows), d**-0.5, cap)
+        np.testing.assert_array_equal(alone[0], together[t])
+
+
+def test_attend_does_not_depend_on_where_its_sequence_lies(rng) -> None:
+    q, k, v, start, first, last = scene(rng, 20, 4, 2, 24, None)
+    base = kernels.attend(q, k, v, start, first, last, 0.2)
+    for moved in (-7, 1, 13):
+        k2, v2 = (np.roll(a, moved, axis=0) for a in (k, v))
+        other = kernels.attend(q, k2, v2, start + moved, first + moved, last + moved, 0.2)
+        np.testing.assert_array_equal(other, base)
+
+
+def test_one_thread_gives_the_bits_of_two(rng) -> None:
+    x = numbers(rng, 70, 300)
+    q, k, v, *rows = scene(rng, 70, 8, 2, 40, None)
+    results = []
+    before = numba.get_num_threads()
+    try:
+        for threads in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
+            numba.set_num_threads(threads)
+            weights = [stored(numbers(np.random.default_rng(3), 140, 300), kind) for kind in KINDS]
+            results.append(
+                [kernels.linear(x, w) for w in weights] + [kernels.attend(q, k, v, *rows, 0.1)]
+            )
+    finally:
+        numba.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_tiles_are_as_few_and_as_low_as_can_be() -> None:
+    assert products.tile_height(1) == 1
+    for rows in range(2, 60):
+        height = products.tile_height(rows)
+        assert -(-rows // height) == -(-rows // TALL) and products.ROWS % height == 0
+    assert attention.QUERIES % TALL == 0
