@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,7 @@ from npvlm.model import ops as definitions
 from npvlm.model import paligemma
 from npvlm.model.ops import Index
 from npvlm.model.tap import closed
-from npvlm.model.weights import PACKERS, Array, Weights
+from npvlm.model.weights import PACKERS, Array, Packer, Weights
 
 Picture = str | Path | BinaryIO | Image.Image
 
@@ -72,7 +72,8 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
     if not config.eos_token_ids:
         config = replace(config, eos_token_ids=(tokenizer.eos_id,))
     stored = open_checkpoint(folder, config)
-    weights = stored if config.quantization else at_precision(stored, precision, PACKERS)
+    namespace, packers = _namespace(ops)
+    weights = stored if config.quantization else at_precision(stored, precision, packers)
     return Model(
         name=str(model),
         config=config,
@@ -80,18 +81,19 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
         tokenizer=tokenizer,
         preprocessor=read_preprocessor(folder, config),
         precision=precision,
-        ops=_namespace(ops),
+        ops=namespace,
     )
 
 
-def _namespace(ops: str) -> ModuleType:
-    """The operations to compute with; numba is imported only by those who use it."""
+def _namespace(ops: str) -> tuple[ModuleType, Mapping[str, Packer]]:
+    """What to compute with and what to pack with; numba is imported only by those who use it."""
     if ops == "numpy":
-        return definitions
+        return definitions, PACKERS
     if ops == "kernels":
         from npvlm import kernels
+        from npvlm.kernels import packing
 
-        return kernels
+        return kernels, packing.PACKERS
     raise UsageError(f'ops is {ops!r}, expected "kernels" or "numpy".')
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from npvlm.cli.options import model_option, precision_option, threads_option
+from npvlm.cli.options import (
+    model_option,
+    precision_option,
+    say_when_compiling,
+    threads_option,
+)
 
 SYNTHETIC = [f"paligemma{family}-3b-{size}" for family in ("", "2") for size in (224, 448, 896)]
 PROGRAMS = ["transformers", "transformers:bfloat16", "transformers:float32", "llama.cpp"]
@@ -91,6 +96,7 @@ def bench(
     from npvlm.work.synthetic import synthetic_config
     from npvlm.work.table import table
 
+    say_when_compiling()
     plan = Plan(batch, prompt_tokens, new_tokens, repeat)
     if synthetic is None:
         name = model or "shapes"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from npvlm.cli.options import say_when_compiling
+
 
 @click.command()
 @click.argument("source", metavar="SRC")
@@ -25,6 +27,7 @@ def convert(source: str, destination: Path, precision: str) -> None:
     """
     from npvlm.work.convert import convert as run
 
+    say_when_compiling()
     progress = Progress()
     try:
         run(source, destination, precision, progress)

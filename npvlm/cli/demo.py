@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from npvlm.cli.options import say_when_compiling
+
 
 @click.command()
 @click.option(
@@ -20,6 +22,7 @@ def demo(output: Path) -> None:
     """Draw a picture and ask the bundled model about it: caption, count and boxes."""
     from npvlm.work.demo import run_demo
 
+    say_when_compiling()
     shown = run_demo(output)
     for prompt, text in shown.answers:
         click.echo(f"{prompt}\n    {text}")

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npvlm.cli.options import Finite, model_option, open_model, precision_option, threads_option
+from npvlm.cli.options import (
+    Finite,
+    model_option,
+    open_model,
+    ops_option,
+    precision_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from npvlm.api import Answer, Model
@@ -54,6 +61,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0), help="Of the draws.  [default: a new one]")
 @click.option("--together", is_flag=True, help="All pictures in front of one prompt, one answer.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per answer.")
+@ops_option
 @click.option("--only_cpu", type=click.BOOL, metavar="True|False", help="Accepted; always so.")
 @threads_option
 def generate(
@@ -70,6 +78,7 @@ def generate(
     seed: int | None,
     together: bool,
     as_json: bool,
+    ops: str,
     only_cpu: bool | None,
 ) -> None:
     """Answer one prompt about each IMAGE.
@@ -102,7 +111,7 @@ def generate(
         note = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
         click.echo(f"npvlm: {note}", err=True)
     answer(
-        open_model(model, precision),
+        open_model(model, precision, ops),
         [pictures] if together else pictures,
         prompt,
         sampling,

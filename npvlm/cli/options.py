@@ -77,11 +77,31 @@ def precision_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def open_model(model: str, precision: str | None) -> Model:
-    """Load a model; that it is packed in memory first is said, as it takes a while."""
+def ops_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --ops."""
+    return click.option(
+        "--ops",
+        type=click.Choice(["kernels", "numpy"]),
+        default="kernels",
+        show_default=True,
+        help="Compute with the kernels, or with their definitions in plain NumPy.",
+    )(command)
+
+
+def open_model(model: str, precision: str | None, ops: str) -> Model:
+    """Load a model; what takes a while the first time is said."""
     from npvlm.api import find_folder, load
 
     if precision in PACKED and read_config(find_folder(model)).quantization is None:
         note = f"weights are packed as {precision} in memory; `npvlm convert` does so once for all."
         click.echo(f"npvlm: {note}", err=True)
-    return load(model, precision)
+    if ops == "kernels":
+        say_when_compiling()
+    return load(model, precision, ops)
+
+
+def say_when_compiling() -> None:
+    """Say on stderr, once, that kernels are compiled, if they are."""
+    from npvlm.kernels.compiling import tell_of_compiling
+
+    tell_of_compiling(lambda what: click.echo(f"npvlm: {what}", err=True))

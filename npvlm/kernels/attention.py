@@ -10,7 +10,7 @@ import numpy as np
 from numba import prange
 
 from npvlm.kernels.compiling import compiled, parallel
-from npvlm.kernels.functions import exp, tanh
+from npvlm.kernels.functions import bits, exp, from_bits, tanh
 from npvlm.kernels.products import NO_SCALES
 from npvlm.kernels.tiles import COLUMNS, MIDDLE, TALL, WIDTH, add_tile, mix_tile
 from npvlm.kernels.vectors import LANES, pointer
@@ -20,7 +20,7 @@ from npvlm.model.weights import Array
 
 QUERIES = 48  # rows (a token and a head) that share a block of keys while it is in the cache
 HEADS = 4  # of a group, that are taken together: the rest may go to another thread
-NEVER = np.float32(-np.inf)
+NEVER, LEAST = np.float32(-np.inf), -(2**31)
 
 
 def attend(
@@ -117,11 +117,9 @@ def _attend_run(q, k, v, sees, scale, cap, mixed, token, tokens, group, first, h
             _score(panel, height, pointer(k, group * d), stride, d, block, left, right, weights)
             for i in range(min(height, rows - tile * height)):
                 row = tile * height + i
-                token_begin, token_end = begins[row // heads] - block, ends[row // heads] - block
-                largest[row] = _soften(
-                    weights[i], token_begin, token_end, scale, cap, largest[row], totals[row],
-                    sums[row],
-                )  # fmt: skip
+                seen = row // heads
+                begin_, end_ = max(begins[seen] - block, 0), min(ends[seen] - block, WIDTH)
+                _soften(weights, i, begin_, end_, scale, cap, largest, totals, sums, row)
             place = pointer(sums, tile * height * size)
             _mix(
                 pointer(weights, 0), height, pointer(v, block * stride + group * d), stride, d,
@@ -169,41 +167,46 @@ def _mix(weights, height, values, stride, d, left, right, sums, size):
 
 
 @compiled
-def _soften(row, begin, end, scale, cap, largest, total, sums):
+def _soften(weights, i, begin, end, scale, cap, largest, totals, sums, row):
     """Turn the scores of a block into weights; what was summed before shrinks to match.
 
-    Entries outside begin to end get exactly zero. Returns the largest score so far.
+    Entries outside begin to end get exactly zero.
     """
     for j in range(WIDTH):
-        score = row[j] * scale
-        if cap > 0:
-            score = cap * tanh(score / cap)
-        row[j] = score if begin <= j < end else NEVER
-    best = np.empty(LANES, np.float32)
-    for lane in range(LANES):
-        a, b = row[lane], row[lane + LANES]
-        c, e = row[lane + 2 * LANES], row[lane + 3 * LANES]
-        a, c = a if a > b else b, c if c > e else e
-        best[lane] = a if a > c else c
-    half = LANES // 2
-    while half:
-        for lane in range(half):
-            a, b = best[lane], best[lane + half]
-            best[lane] = a if a > b else b
-        half //= 2
-    if best[0] > largest:
-        shrunk = exp(largest - best[0])
-        largest = best[0]
-        for lane in range(LANES):
-            total[lane] *= shrunk
-        for lane in range(len(sums)):
-            sums[lane] *= shrunk
+        weights[i, j] *= scale
+    if cap > 0:
+        for j in range(WIDTH):
+            weights[i, j] = cap * tanh(weights[i, j] / cap)
+    for j in range(begin):
+        weights[i, j] = NEVER
+    for j in range(end, WIDTH):
+        weights[i, j] = NEVER
+
+    most = np.int32(LEAST)
     for j in range(WIDTH):
-        row[j] = exp(row[j] - largest)
-    for j in range(0, WIDTH, LANES):
+        most = max(most, _in_order(bits(weights[i, j])))
+    best = from_bits(np.int32(_in_order(np.int32(most))))
+    if best > largest[row]:
+        shrunk = exp(largest[row] - best)
+        largest[row] = best
         for lane in range(LANES):
-            total[lane] += row[j + lane]
-    return largest
+            totals[row, lane] *= shrunk
+        for lane in range(sums.shape[1]):
+            sums[row, lane] *= shrunk
+    best = largest[row]
+    for j in range(WIDTH):
+        weights[i, j] = exp(weights[i, j] - best)
+    for lane in range(LANES):
+        total = totals[row, lane]
+        for j in range(0, WIDTH, LANES):
+            total += weights[i, j + lane]
+        totals[row, lane] = total
+
+
+@compiled
+def _in_order(n):
+    """Bits of floats as integers that are in the floats' own order; also the way back."""
+    return n ^ ((n >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
 @compiled

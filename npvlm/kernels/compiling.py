@@ -4,56 +4,144 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numba
+from numba.core import event
+from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 
-# A thread that waits for the others sleeps: spinning would take the core from whoever else is busy
-# on it, the late thread included. Read by the threads' library when the first kernel starts.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# A thread that waits for the next kernel does so awake for 0.1 ms (waking it takes half of that),
+# then asleep: on a busy machine it would be taking the core from the very thread it waits for. Read
+# by GNU's thread library when the first kernel starts.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def _folder() -> Path:
     """One folder for each version of the kernels: numba alone sees edits in one file, not in all.
 
-    It lies in $NUMBA_CACHE_DIR, else in $XDG_CACHE_HOME, else in ~/.cache.
+    And one for each CPU, so that no process ever meets code for another. It lies in
+    $NUMBA_CACHE_DIR, else in $XDG_CACHE_HOME, else in ~/.cache.
     """
-    version = hashlib.sha256(numba.__version__.encode())
+    cpu = cpu_target.target_context.codegen().magic_tuple()
+    version = hashlib.sha256(f"{numba.__version__} {cpu}".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         version.update(source.read_bytes())
     places = (os.environ.get("NUMBA_CACHE_DIR"), os.environ.get("XDG_CACHE_HOME"), "~/.cache")
     place = next(filter(None, places))
-    return Path(place).expanduser() / "npvlm" / f"kernels-{version.hexdigest()[:16]}"
+    folder = Path(place) / "npvlm" / f"kernels-{version.hexdigest()[:16]}"
+    with suppress(RuntimeError):  # there is no home: then ~ stays as it is
+        folder = folder.expanduser()
+    return folder
 
 
 def _is_writable(folder: Path) -> bool:
+    if folder.parts[0] == "~":
+        return False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return True
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
+    except OSError:
         return False
+
+
+def _copy(folder: Path) -> tempfile.TemporaryDirectory[str] | None:
+    """A copy of kernels that can only be read, for this process: numba uses no other folder."""
+    if not any(folder.rglob("*.nbi")):
+        return None
+    try:
+        copy = tempfile.TemporaryDirectory(prefix="npvlm-", ignore_cleanup_errors=True)
+        shutil.copytree(folder, copy.name, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    except OSError:
+        return None
+    return copy
 
 
 FOLDER = _folder()
 WRITABLE = _is_writable(FOLDER)
-FILLED = WRITABLE and any(FOLDER.rglob("*.nbi"))
+COPY = None if WRITABLE else _copy(FOLDER)
 
 
-# Other threads of Python run on while a kernel does; x / 0 is inf or nan, as it is in NumPy.
-compiled = numba.njit(nogil=True, cache=WRITABLE, error_model="numpy")
-parallel = numba.njit(nogil=True, cache=WRITABLE, error_model="numpy", parallel=True)
+class _Cache(FunctionCache):
+    """What numba keeps of a function; whatever is wrong with a file, it is compiled again."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Read compiled code for arguments of these types, if there is any.
+
+        Two processes that compile for different types at once may give their files the same name.
+        """
+        try:
+            found = super().load_overload(sig, target_context)
+        except Exception:  # what reading a damaged file may raise is anything
+            with suppress(OSError):
+                self.flush()
+            return None
+        return found if found is not None and found.signature.args == tuple(sig) else None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(OSError):  # a full disk: then it is not kept
+            super().save_overload(sig, data)
+
+
+def _keep(dispatcher: Any) -> Any:
+    if WRITABLE or COPY:
+        dispatcher._cache = _Cache(dispatcher.py_func)
+    return dispatcher
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compile a function when it is first called.
+
+    Other threads of Python run on while it does; x / 0 is inf or nan, as it is in NumPy.
+    """
+    return _keep(numba.njit(nogil=True, error_model="numpy")(function))
+
+
+def parallel(function: Callable[..., Any]) -> Any:
+    """The same, with a `prange` that is shared among the threads."""
+    return _keep(numba.njit(nogil=True, error_model="numpy", parallel=True)(function))
 
 
 @contextmanager
 def kept() -> Iterator[None]:
     """Let functions that are marked as compiled in here be kept in the folder."""
     before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(FOLDER)
+    numba.config.CACHE_DIR = COPY.name if COPY else str(FOLDER)
     try:
         yield
     finally:
         numba.config.CACHE_DIR = before
+
+
+class _FirstCompilation(event.Listener):
+    """Says something once, when numba begins to compile: what it finds in the cache is silent."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say: Callable[[str], None] | None = say
+
+    def on_start(self, event: Any) -> None:
+        if self.say is None:
+            return
+        say, self.say = self.say, None
+        if WRITABLE:
+            say("compiling kernels for this CPU, once; this takes about 15 seconds.")
+        else:
+            say(
+                f"compiling kernels in every run, which takes about 15 seconds: {FOLDER} cannot be "
+                "written; let NUMBA_CACHE_DIR name a folder that can."
+            )
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def tell_of_compiling(say: Callable[[str], None]) -> None:
+    """Call `say` with one sentence should a kernel have to be compiled, before it is."""
+    event.register("numba:compile", _FirstCompilation(say))

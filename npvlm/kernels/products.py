@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from npvlm.kernels.compiling import compiled, parallel
 from npvlm.kernels.functions import ROUND, from_bits, gelu
-from npvlm.kernels.tiles import COLUMNS, INT4_BYTES, MIDDLE, TALL, WIDTH, add_tile
+from npvlm.kernels.tiles import (
+    COLUMNS,
+    INT4_BYTES,
+    MIDDLE,
+    TALL,
+    WIDTH,
+    add_tile,
+    float32_inputs,
+)
 from npvlm.kernels.vectors import LANES, pointer, pointer_as, rotate_lanes, rotate_pair
 from npvlm.model import ops
 from npvlm.model.tap import Tap
@@ -29,7 +37,7 @@ from npvlm.model.weights import (
     unpack,
 )
 
-CHUNK = 64  # steps that are summed before the sum is added to the others
+CHUNK = 4096  # bytes of a packed row that are summed before the sum is added to the others
 ROWS = 192  # rows of inputs that share a block of weights while it is in the cache: 32 x 6, 48 x 4
 MOST, WHOLE, SMALLEST = np.float32(127), np.float32(128), np.float32(LEAST)
 NOTHING = np.empty(0, np.float32)
@@ -48,6 +56,7 @@ class Inputs:
     """
 
     panels: Array
+    tiles: int
     height: int
     steps: int
     scales: NDArray[np.float32]
@@ -108,9 +117,9 @@ def pack(x: Array, w: Weight) -> Inputs:
         panels = _aligned(tiles * steps * height * elements, np.int8)
         scales, offsets = np.empty(T, np.float32), np.empty(T if eight else 0, np.int32)
         _pack_integers(x, height, w.block, steps, panels, scales, offsets)
-        return Inputs(panels, height, steps, scales, offsets)
+        return Inputs(panels, tiles, height, steps, scales, offsets)
     pairs = isinstance(w, BFloat16Product)
-    elements = 2 * LANES if pairs else LANES
+    elements = 2 * LANES if pairs else float32_inputs(_values(w).dtype.itemsize)
     steps = -(-I // elements)
     if elements > I:
         x = np.pad(x, ((0, 0), (0, elements - I)))
@@ -118,8 +127,8 @@ def pack(x: Array, w: Weight) -> Inputs:
     if pairs:
         _pack_bfloat16(x, height, steps, panels)
     else:
-        _pack_float32(x, height, steps, panels)
-    return Inputs(panels, height, steps, NOTHING, np.empty(0, np.int32))
+        _pack_float32(x, height, steps, elements, panels)
+    return Inputs(panels, tiles, height, steps, NOTHING, np.empty(0, np.int32))
 
 
 def _aligned(size: int, dtype: Any) -> Array:
@@ -129,19 +138,24 @@ def _aligned(size: int, dtype: Any) -> Array:
     return room[start : start + len(room) - 64].view(dtype)
 
 
-def _stored(w: Weight, least: int) -> tuple[Array, Array, Array, Array]:
+def _values(w: Array | BFloat16) -> Array:
+    """The numbers of a weight as they are multiplied: float64 has no kernel and is rounded."""
+    values = w.bits if isinstance(w, BFloat16) else w
+    return values.astype(np.float32) if values.dtype == np.float64 else values
+
+
+def _stored(w: Weight, x: Inputs) -> tuple[Array, Array, Array, Array]:
     """The bytes of a weight, what its elements are, its group scales, and its row scales."""
     if isinstance(w, Int8):
         return _bytes(w.values), np.empty(0, np.int8), NO_BYTES, w.scales
     if isinstance(w, Int4):
         return _bytes(w.nibbles), np.empty(0, np.uint8), _bytes(w.scales), np.ones(len(w), "f4")
-    values = w.bits if isinstance(w, BFloat16) else w
-    if values.dtype == np.float64:
-        values = values.astype(np.float32)
+    values = _values(w)
     if values.dtype == np.float16:
         values = values.view(np.int16)
-    if values.shape[1] < least:  # a row shorter than a step
-        values = np.pad(values, ((0, 0), (0, least - values.shape[1])))
+    step = len(x.panels) // (x.steps * x.tiles * x.height)
+    if values.shape[1] < step:
+        values = np.pad(values, ((0, 0), (0, step - values.shape[1])))
     return _bytes(values), np.empty(0, values.dtype), NO_BYTES, NOTHING
 
 
@@ -154,9 +168,8 @@ def _bytes(values: Array) -> NDArray[np.uint8]:
 
 def _multiply(x: Inputs, weights: tuple[Weight, Weight], bias: Array, y: Array, gate: bool) -> None:
     """Write the products of packed rows with weights to y [T, O], of two weights if they gate."""
-    least = 2 * LANES if x.panels.dtype == np.uint16 else LANES
-    w, like, groups, scales = _stored(weights[0], least)
-    w2, _, groups2, scales2 = _stored(weights[1], least) if gate else (w, like, groups, scales)
+    w, like, groups, scales = _stored(weights[0], x)
+    w2, _, groups2, scales2 = _stored(weights[1], x) if gate else (w, like, groups, scales)
     zero = np.empty(0, np.int32 if like.dtype == np.int8 else np.float32)
     _products(
         x.panels, x.height, x.steps, x.scales, x.offsets, like, w, groups, scales,
@@ -205,7 +218,7 @@ def _products(
 def _sum_block(panels, size, height, tiles, steps, offsets, w, like, groups, first, sums):
     """Sum the products of packed rows with rows `first` and following of w.
 
-    Many tiles take CHUNK steps of all the columns at a time, which stay in the cache for the next
+    Many tiles take a chunk of all the columns at a time, which stay in the cache for the next
     tile; one tile alone takes a few columns to their end, as they lie in memory. Either way a sum
     is made of the same chunks in the same order.
     """
@@ -215,84 +228,59 @@ def _sum_block(panels, size, height, tiles, steps, offsets, w, like, groups, fir
         start = -offsets[i] if i < len(offsets) else 0
         for j in range(WIDTH):
             sums[i, j] = start
-    group = WIDTH if tiles > 1 else COLUMNS
+    alone = 1 if panels.itemsize == 4 else COLUMNS  # what reads memory fastest for one row
+    group = WIDTH if tiles > 1 else alone if height == 1 else COLUMNS
+    chunk = CHUNK // (size // (steps * height) * panels.itemsize)
     for left in range(0, min(WIDTH, most + 1 - first), group):
-        for begin in range(0, steps, CHUNK):
-            end = min(begin + CHUNK, steps)
+        for begin in range(0, steps, chunk):
+            end = min(begin + chunk, steps)
             for tile in range(tiles):
                 x = pointer(panels, tile * size)
-                for j in range(left, min(left + group, most + 1 - first), COLUMNS):
-                    place = pointer(sums, tile * height * WIDTH + j)
-                    at = first + j
+                for j in range(left, min(left + group, most + 1 - first), min(group, COLUMNS)):
+                    at, place = first + j, pointer(sums, tile * height * WIDTH + j)
                     if height == TALL:
                         add_tile(
-                            x,
-                            weights,
-                            length,
-                            length,
-                            scales,
-                            at,
-                            most,
-                            begin,
-                            end,
-                            place,
-                            TALL,
-                            COLUMNS,
-                        )
+                            x, weights, length, length, scales, at, most, begin, end, place,
+                            TALL, COLUMNS,
+                        )  # fmt: skip
                     elif height == MIDDLE:
                         add_tile(
-                            x,
-                            weights,
-                            length,
-                            length,
-                            scales,
-                            at,
-                            most,
-                            begin,
-                            end,
-                            place,
-                            MIDDLE,
-                            COLUMNS,
+                            x, weights, length, length, scales, at, most, begin, end, place,
+                            MIDDLE, COLUMNS,
+                        )  # fmt: skip
+                    elif alone == 1:
+                        add_tile(
+                            x, weights, length, length, scales, at, most, begin, end, place, 1, 1
                         )
                     else:
                         add_tile(
-                            x,
-                            weights,
-                            length,
-                            length,
-                            scales,
-                            at,
-                            most,
-                            begin,
-                            end,
-                            place,
-                            1,
-                            COLUMNS,
-                        )
+                            x, weights, length, length, scales, at, most, begin, end, place,
+                            1, COLUMNS,
+                        )  # fmt: skip
 
 
 @parallel
-def _pack_float32(x, height, steps, panels):
+def _pack_float32(x, height, steps, width, panels):
     tiles = -(-len(x) // height)
     if tiles == 1:  # one tile is packed before another thread is awake
-        _pack_float32_tile(x, 0, height, steps, panels)
+        _pack_float32_tile(x, 0, height, steps, width, panels)
     else:
         for tile in prange(tiles):
-            _pack_float32_tile(x, tile, height, steps, panels)
+            _pack_float32_tile(x, tile, height, steps, width, panels)
 
 
 @compiled
-def _pack_float32_tile(x, tile, height, steps, panels):
+def _pack_float32_tile(x, tile, height, steps, width, panels):
     T, I = x.shape
-    size = height * steps * LANES
-    panel = panels[tile * size : (tile + 1) * size].reshape(steps, height, LANES)
+    size = height * steps * width
+    panel = panels[tile * size : (tile + 1) * size].reshape(steps, height, width)
     for i in range(height):
         row = tile * height + i
         for step in range(steps):
-            at = min(step * LANES, I - LANES)
-            for lane in range(LANES):
-                counted = at + lane < step * LANES
-                panel[step, i, lane] = 0 if counted or row >= T else x[row, at + lane]
+            at = min(step * width, I - width)
+            for j in range(width):
+                counted = at + j < step * width
+                panel[step, i, j] = 0 if counted or row >= T else x[row, at + j]
 
 
 @parallel

@@ -19,13 +19,14 @@ from numba.extending import intrinsic
 
 from npvlm.kernels.vectors import (
     BYTES,
-    F16,
     FLOATS,
+    HALVES,
     I16,
     I32,
     I64,
     INTS,
     LANES,
+    WORDS,
     Builder,
     Value,
     byte_products,
@@ -35,6 +36,7 @@ from npvlm.kernels.vectors import (
     lanes,
     load,
     pair_products,
+    prefetch,
     splat,
     store,
     upper_halves,
@@ -48,6 +50,7 @@ if "avx512f" in features():
 else:
     TALL, MIDDLE, COLUMNS = 3, 2, 2
 
+AHEAD = 4096  # bytes from where a row of weights is read to where memory is asked for what follows
 INT4_BYTES = 192  # what 128 inputs take when packed for Int4: see `_pack_groups`
 
 
@@ -67,18 +70,19 @@ def kind_of(inputs: Any, weights: Any) -> Kind:
     """Say how these element types (of packed inputs, and of weights as stored) are multiplied."""
     target = features()
     if inputs == types.float32:
-        sixteen = {
-            types.float32: lambda b, p, _: load(b, p, FLOATS),
-            types.uint16: lambda b, p, _: upper_halves(b, load(b, p, ir.VectorType(I16, LANES))),
-            types.int16: lambda b, p, _: b.fpext(load(b, p, ir.VectorType(F16, LANES)), FLOATS),
-        }
+        size, widen = {
+            types.float32: (4, lambda b, p: load(b, p, FLOATS)),
+            types.uint16: (2, lambda b, p: upper_halves(b, load(b, p, WORDS))),
+            types.int16: (2, lambda b, p: b.fpext(load(b, p, HALVES), FLOATS)),
+        }[weights]
+        parts = float32_inputs(size) // LANES  # of a step, one vector each
         return Kind(
-            inputs=LANES,
-            weights=LANES,
+            inputs=parts * LANES,
+            weights=parts * LANES,
             zero=splat(FLOATS, 0.0),
-            load_inputs=lambda b, p: load(b, p, FLOATS),
-            load_weights=sixteen[weights],
-            add_products=lambda b, sums, x, w: fma(b, x, w, sums),
+            load_inputs=lambda b, p: [load(b, q, FLOATS) for q in _parts(b, p, parts)],
+            load_weights=lambda b, p, _: [widen(b, q) for q in _parts(b, p, parts)],
+            add_products=_add_float32_products,
         )
     if inputs == types.uint16:
         return Kind(
@@ -106,6 +110,21 @@ def kind_of(inputs: Any, weights: Any) -> Kind:
         load_weights=_load_int4_weights,
         add_products=lambda b, sums, x, w: _add_int4_products(b, target, sums, x, w),
     )
+
+
+def float32_inputs(size: int) -> int:
+    """How many inputs a step has by the bytes of a weight: a cache line's of weights."""
+    return 4 * LANES // size
+
+
+def _parts(b: Builder, address: Value, parts: int) -> list[Value]:
+    return [b.gep(address, [I64(part * LANES)]) for part in range(parts)]
+
+
+def _add_float32_products(b: Builder, sums: Value, x: Any, w: Any) -> Value:
+    for inputs, weights in zip(x, w, strict=True):
+        sums = fma(b, inputs, weights, sums)
+    return sums
 
 
 def _load_int4_inputs(b: Builder, address: Value) -> tuple[Value, Value, Value]:
@@ -174,10 +193,12 @@ def add_tile(
             at = b.mul(step, I64(kind.weights))
             at = b.select(b.icmp_signed("<", at, last), at, last)
             gain = b.sdiv(at, I64(16))
-            columns = [
-                kind.load_weights(b, b.gep(row, [at]), b.gep(own, [gain]))
-                for row, own in zip(weights, gains, strict=True)
-            ]
+            columns = []
+            for row, own in zip(weights, gains, strict=True):
+                address = b.gep(row, [at])
+                if height == width == 1:
+                    prefetch(b, address, AHEAD)
+                columns.append(kind.load_weights(b, address, b.gep(own, [gain])))
             packed = b.gep(x, [b.mul(step, I64(height * kind.inputs))])
             for i in range(height):
                 row = kind.load_inputs(b, b.gep(packed, [I64(i * kind.inputs)]))

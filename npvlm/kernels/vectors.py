@@ -20,6 +20,7 @@ LANES = 16
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+WORDS, HALVES = ir.VectorType(I16, LANES), ir.VectorType(F16, LANES)
 BYTES = ir.VectorType(I8, 4 * LANES)
 
 # llvmlite has no types to check against.
@@ -90,6 +91,14 @@ def load(b: Builder, address: Value, kind: ir.VectorType) -> Value:
     return b.load(b.bitcast(address, kind.as_pointer()), align=1)
 
 
+def prefetch(b: Builder, address: Value, ahead: int) -> None:
+    """Ask for the memory `ahead` bytes behind an address; nothing happens where there is none."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    call = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
+    place = b.gep(b.bitcast(address, I8.as_pointer()), [I64(ahead)])
+    b.call(call, [place, I32(0), I32(3), I32(1)])  # to read, to keep, data
+
+
 def store(b: Builder, value: Value, address: Value) -> None:
     """A vector to any address, aligned or not."""
     b.store(value, b.bitcast(address, value.type.as_pointer()), align=1)
@@ -147,14 +156,14 @@ def byte_products(b: Builder, target: frozenset[str], total: Value, u: Value, s:
         name = "llvm.x86.avx512.vpdpbusd.512"
         call = cgutils.get_or_insert_function(b.module, kind, name)
         return b.call(call, [total, b.bitcast(u, INTS), b.bitcast(s, INTS)])
-    words, pairs = ir.VectorType(I16, LANES), ir.VectorType(I32, LANES // 2)
+    pairs = ir.VectorType(I32, LANES // 2)
     quarters = []
     for start in range(0, 4 * LANES, LANES):
         part = list(range(start, start + LANES))
-        unsigned = b.zext(lanes(b, u, u, part), words)
-        signed = b.sext(lanes(b, s, s, part), words)
+        unsigned = b.zext(lanes(b, u, u, part), WORDS)
+        signed = b.sext(lanes(b, s, s, part), WORDS)
         if "avx2" in target:
-            kind = ir.FunctionType(pairs, [words] * 2)
+            kind = ir.FunctionType(pairs, [WORDS] * 2)
             call = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx2.pmadd.wd")
             sums = b.call(call, [unsigned, signed])
         else:

@@ -203,13 +203,14 @@ def quantize(x: Array) -> tuple[NDArray[np.int8], Array]:
     return values.astype(np.int8), amax / most
 
 
-def pack_int8(rows: NDArray[np.float32]) -> Int8:
+def pack_int8(rows: Weight) -> Int8:
     """Pack weights [O, I]: rotated, then quantized row by row as inputs are."""
     width = rows.shape[1]
-    return Int8(*quantize(rotate(rows, rotation_block(width, Int8.smallest_block))), width)
+    block = rotation_block(width, Int8.smallest_block)
+    return Int8(*quantize(rotate(unpack(rows, np.float32), block)), width)
 
 
-def pack_int4(rows: NDArray[np.float32]) -> Int4:
+def pack_int4(rows: Weight) -> Int4:
     """Pack weights [O, I]: rotated, then each group with the scale that errs least.
 
     The first scale maps the value furthest from zero to -8, the end of the range that reaches
@@ -217,7 +218,8 @@ def pack_int4(rows: NDArray[np.float32]) -> Int4:
     it, and of equally good ones the earlier is taken.
     """
     width = rows.shape[1]
-    groups = rotate(rows, rotation_block(width, Int4.smallest_block)).reshape(len(rows), -1, GROUP)
+    block = rotation_block(width, Int4.smallest_block)
+    groups = rotate(unpack(rows, np.float32), block).reshape(len(rows), -1, GROUP)
     finite: NDArray[np.bool_] = np.all(np.isfinite(groups), axis=2)
     tamed = np.where(finite[..., None], groups, 0)
     furthest = np.argmax(np.abs(tamed), axis=2)[..., None]
@@ -230,22 +232,33 @@ def pack_int4(rows: NDArray[np.float32]) -> Int4:
         tried = round_to_bfloat16(extreme * np.float32(share / -8))
         scale = tried.unpack()[..., None]
         fitted = np.clip(np.rint(tamed / np.where(scale == 0, 1, scale)), -8, 7)
-        error = np.sum((fitted * scale - tamed) ** 2, axis=2)
+        error = _sum_of_squares(fitted * scale - tamed)
         better = error < least
         scales[better] = tried.bits[better]
         values[better] = fitted[better]
         least[better] = error[better]
 
-    scales[~finite] = 0x7FC0  # nan: what is made of damaged weights is no number
+    scales[~finite | np.isinf(least)] = 0x7FC0  # nan: what damaged weights make is no number
     stored = (values + 8).astype(np.uint8)
     nibbles = stored[..., : GROUP // 2] + stored[..., GROUP // 2 :] * np.uint8(16)
     return Int4(nibbles.reshape(len(rows), -1), scales, width)
 
 
-PACKERS: dict[str, Callable[[NDArray[np.float32]], Packed]] = {
-    "int8": pack_int8,
-    "int4": pack_int4,
-}
+def _sum_of_squares(x: Array) -> Array:
+    """Add up squares along the last axis, its second half to its first until one number is left.
+
+    An order of its own, for the sum decides between scales: it must not depend on the CPU.
+    """
+    squares = x * x
+    while squares.shape[-1] > 1:
+        half = squares.shape[-1] // 2
+        squares = squares[..., :half] + squares[..., half:]
+    return squares[..., 0]
+
+
+Packer = Callable[[Weight], Packed]
+
+PACKERS: dict[str, Packer] = {"int8": pack_int8, "int4": pack_int4}
 
 
 class Weights(dict[str, Weight]):

@@ -18,7 +18,8 @@ from npvlm.files.checkpoint import INDEX, OTHER_FORMATS, open_checkpoint
 from npvlm.files.output import new_folder
 from npvlm.files.packed import blocks_of, packing, part_tensors, parts_of
 from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
-from npvlm.model.weights import PACKERS, Array, BFloat16, Weight, round_to_bfloat16, unpack
+from npvlm.kernels.packing import PACKERS
+from npvlm.model.weights import Array, BFloat16, Weight, round_to_bfloat16, unpack
 
 SHARD_BYTES = 5_000_000_000
 LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in other formats larger
@@ -108,7 +109,7 @@ def _pieces(name: str, weight: Weight, precision: str) -> Iterator[tuple[int, tu
         if not np.isfinite(numbers).all():
             raise NpvlmError(f"{name} holds inf or nan, expected numbers; copy the model again.")
         if kind:
-            yield rows.start, parts_of(PACKERS[kind](numbers))
+            yield rows.start, parts_of(PACKERS[kind](block))
         elif isinstance(block, BFloat16):
             yield rows.start, (block.bits,)
         elif precision == "bfloat16":

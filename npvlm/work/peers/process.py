@@ -78,7 +78,7 @@ def worker(
     paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     places = {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(scratch)}
     environment = os.environ | counts | places
-    environment.pop("OMP_WAIT_POLICY", None)  # how npvlm's own threads wait; others have their way
+    environment.pop("GOMP_SPINCOUNT", None)  # how npvlm's own threads wait; others have their way
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(settings)],
