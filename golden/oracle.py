@@ -344,8 +344,17 @@ def _write_json(path: Path, values: Any) -> None:
 
 def load_float32(folder: Path) -> PaliGemmaForConditionalGeneration:
     """Load a checkpoint as people do on a CPU: weights widened to float32, eager attention."""
+    return _load(folder, torch.float32)
+
+
+def load_bfloat16(folder: Path) -> PaliGemmaForConditionalGeneration:
+    """Load a checkpoint to compute in bfloat16, eager attention."""
+    return _load(folder, torch.bfloat16)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> PaliGemmaForConditionalGeneration:
     model, found = PaliGemmaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
     )
     wrong = {kind: names for kind, names in found.items() if names and kind != "error_msgs"}
     if wrong:
@@ -495,7 +504,7 @@ def _inputs(
         "input_ids": every,
         "attention_mask": torch.ones_like(every),
         "token_type_ids": kinds,
-        "pixel_values": torch.from_numpy(pixels.astype(str(model.dtype).removeprefix("torch."))),
+        "pixel_values": torch.from_numpy(pixels.astype(np.float64)).to(model.dtype),
     }
 
 
@@ -598,4 +607,6 @@ def _rows(value: torch.Tensor) -> np.ndarray:
 
 
 def _numpy(value: torch.Tensor) -> np.ndarray:
+    if value.dtype is torch.bfloat16:  # which NumPy does not have
+        value = value.float()
     return value.detach().numpy().copy()

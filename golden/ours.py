@@ -1,5 +1,8 @@
 """npvlm's side of a comparison: every stage of a run, under its published name. Needs no torch.
 
+A model runs with the operations it was loaded for; in float64 the kernels hand on to the
+definitions.
+
 Axis letters: N pictures · R picture side · T tokens · V vocabulary.
 """
 
@@ -13,7 +16,7 @@ import numpy as np
 from npvlm.api import Model
 from npvlm.config import Config
 from npvlm.decoding.generate import generate, logits
-from npvlm.model import ops, paligemma
+from npvlm.model import paligemma
 from npvlm.model.tap import closed
 from npvlm.model.weights import Array
 
@@ -33,14 +36,14 @@ def run(model: Model, pixels: Array, ids: Sequence[int], answer: Sequence[int]) 
         stages[name] = value.copy()
         return value
 
-    features = paligemma.image_features(pixels, model.weights, model.config, ops=ops, tap=tap)
+    features = paligemma.image_features(pixels, model.weights, model.config, ops=model.ops, tap=tap)
     logits(
         np.array(ids, np.int64),
         np.array(answer, np.int64),
         features.reshape(-1, features.shape[-1]),
         model.weights,
         model.config,
-        ops=ops,
+        ops=model.ops,
         tap=tap,
     )
     return stages
@@ -57,7 +60,7 @@ def decode(
     pixels: for each prompt its pictures [N, 3, R, R], in the dtype to compute in
     """
     features = paligemma.image_features(
-        np.concatenate(pixels), model.weights, model.config, ops=ops, tap=closed
+        np.concatenate(pixels), model.weights, model.config, ops=model.ops, tap=closed
     )
     rows: list[list[Array]] = [[] for _ in answers]
 
@@ -77,7 +80,7 @@ def decode(
         model.config,
         [chooser(i) for i in range(len(answers))],
         max(len(answer) for answer in answers),
-        ops=ops,
+        ops=model.ops,
         tap=closed,
     )
     for _ in steps:
@@ -98,6 +101,11 @@ def required(config: Config) -> set[str]:
         f"{text}.model.norm",
         f"{text}.logits",
     }
+
+
+def fused(stage: str) -> bool:
+    """Whether a stage is inside an operation that the kernels do in one go."""
+    return stage.endswith((".gate_proj", ".up_proj"))
 
 
 # Two float32 runs that are each as near to the truth as torch's are at most twice torch's error

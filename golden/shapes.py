@@ -4,6 +4,8 @@ python golden/shapes.py draw FOLDER [--seed S] [--count N]
     writes held-out pictures and their questions
 python golden/shapes.py evaluate --seed S --count N [--model FOLDER] [--precision P]
     prints one JSON line per metric and exits 1 if one is missed
+python golden/shapes.py evaluate --seed S --count N --precision bfloat16 int8 int4
+    prints what each loses against float32 and exits 1 if one loses too much
 
 Picture i of seed S of a split is always the same. Training draws from the split "train", tests
 from "held out": the split's name is part of what seeds the generator, so whatever the seeds, the
@@ -39,6 +41,8 @@ LIMITS = {
     "detection_mean_iou": 0.65,
     "detection_found_at_iou_0.5": 0.75,
 }
+# How far a precision may be from float32, on every metric.
+APART_FROM_FLOAT32 = {"bfloat16": 0.005, "int8": 0.01, "int4": 0.03}
 
 LABELLED_BOX = re.compile(r"<loc(\d{4})>" * 4 + r" ([^;<>]+)")
 
@@ -363,6 +367,30 @@ def evaluate(model: str, seed: int, count: int, precision: str | None = None) ->
     return all(sum(marks[name]) >= limit * len(marks[name]) for name, limit in LIMITS.items())
 
 
+def compare(model: str, seed: int, count: int, precisions: Sequence[str]) -> bool:
+    """Print the metrics of float32 and of other precisions, and say whether these are near it."""
+    others = [precision for precision in precisions if precision in APART_FROM_FLOAT32]
+    found = {
+        precision: {
+            name: 100 * sum(marks) / max(1, len(marks))
+            for name, marks in measure(model, seed, count, precision=precision).items()
+        }
+        for precision in ["float32", *others]
+    }
+    print(f"{'percent':<28}{'float32':>8}" + "".join(f"{name:>20}" for name in others))
+    for metric, exact in found["float32"].items():
+        cells = (f"{found[o][metric]:>12.2f} ({found[o][metric] - exact:+.2f})" for o in others)
+        print(f"{metric:<28}{exact:>8.2f}" + "".join(f"{cell:>20}" for cell in cells))
+    fine = True
+    for other in others:
+        limit, exact = 100 * APART_FROM_FLOAT32[other], found["float32"]
+        apart = max(abs(found[other][metric] - exact[metric]) for metric in exact)
+        fine &= apart <= limit
+        verdict = "near enough" if apart <= limit else "TOO FAR"
+        print(f"{other}: {verdict}, at most {apart:.2f} points from float32, limit {limit:.1f}")
+    return fine
+
+
 def draw(folder: Path, seed: int, count: int) -> None:
     """Write some held-out pictures and, beside them, their questions with the true answers."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -381,7 +409,9 @@ def main() -> int:
     drawing.add_argument("folder", type=Path)
     testing = commands.add_parser("evaluate", help="measure a model on held-out pictures")
     testing.add_argument("--model", default="shapes", help="name or folder of the model")
-    testing.add_argument("--precision", choices=PRECISIONS, help="of the products with weights")
+    testing.add_argument(
+        "--precision", choices=PRECISIONS, nargs="+", help="of products; several: against float32"
+    )
     for command, default in ((drawing, 12), (testing, 1000)):
         command.add_argument("--seed", type=int, default=1)
         command.add_argument("--count", type=int, default=default, help="how many pictures")
@@ -389,7 +419,10 @@ def main() -> int:
     if given.command == "draw":
         draw(given.folder, given.seed, given.count)
         return 0
-    return 0 if evaluate(given.model, given.seed, given.count, given.precision) else 1
+    if given.precision and len(given.precision) > 1:
+        return 0 if compare(given.model, given.seed, given.count, given.precision) else 1
+    precision = given.precision[0] if given.precision else None
+    return 0 if evaluate(given.model, given.seed, given.count, precision) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""npvlm: PaliGemma and PaliGemma 2 on a plain CPU, with NumPy.
+"""npvlm: PaliGemma and PaliGemma 2 on a plain CPU, with NumPy and numba.
 
 import npvlm
 model = npvlm.load("shapes")

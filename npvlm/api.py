@@ -67,22 +67,26 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
     """
     folder = find_folder(model)
     config = read_config(folder)
-    precision = _precision(folder, config, precision)
     tokenizer = load_tokenizer(folder, config)
     if not config.eos_token_ids:
         config = replace(config, eos_token_ids=(tokenizer.eos_id,))
-    stored = open_checkpoint(folder, config)
+    preprocessor = read_preprocessor(folder, config)
+    weights, precision, namespace = open_weights(folder, config, precision, ops)
+    return Model(str(model), config, weights, tokenizer, preprocessor, precision, namespace)
+
+
+def open_weights(
+    folder: Path, config: Config, precision: str | None, ops: str
+) -> tuple[Weights, str, ModuleType]:
+    """The weights of a folder as a precision computes with them, its name, and what computes.
+
+    Parameters and errors are those of `load`.
+    """
+    precision = _precision(folder, config, precision)
     namespace, packers = _namespace(ops)
+    stored = open_checkpoint(folder, config)
     weights = stored if config.quantization else at_precision(stored, precision, packers)
-    return Model(
-        name=str(model),
-        config=config,
-        weights=Weights(weights),
-        tokenizer=tokenizer,
-        preprocessor=read_preprocessor(folder, config),
-        precision=precision,
-        ops=namespace,
-    )
+    return Weights(weights), precision, namespace
 
 
 def _namespace(ops: str) -> tuple[ModuleType, Mapping[str, Packer]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from npvlm import kernels
-from npvlm.kernels import attention, products
+from npvlm.kernels import attention, inputs, products
 from npvlm.kernels.tiles import TALL
 from npvlm.model import ops as definitions
 from npvlm.model.tap import closed
@@ -204,8 +204,8 @@ def test_one_thread_gives_the_bits_of_two(rng) -> None:
 
 
 def test_tiles_are_as_few_and_as_low_as_can_be() -> None:
-    assert products.tile_height(1) == 1
+    assert inputs.tile_height(1) == 1
     for rows in range(2, 60):
-        height = products.tile_height(rows)
+        height = inputs.tile_height(rows)
         assert -(-rows // height) == -(-rows // TALL) and products.ROWS % height == 0
     assert attention.QUERIES % TALL == 0

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from npvlm.files.packed import parts_of
+from npvlm.kernels import packing
 from npvlm.model.ops import embed, linear
 from npvlm.model.weights import (
     GROUP,
@@ -14,6 +16,7 @@ from npvlm.model.weights import (
     BFloat16Product,
     Int4,
     Int8,
+    Packed,
     pack_int4,
     pack_int8,
     quantize,
@@ -233,6 +236,50 @@ def test_rows_are_packed_and_unpacked_each_for_itself(pack) -> None:
 @pytest.mark.parametrize("pack", PACKERS)
 def test_zeros_stay_zeros(pack) -> None:
     assert not pack(np.zeros((3, 200), np.float32)).unpack().any()
+
+
+# --- the kernels that pack ----------------------------------------------------------------------
+
+TWINS = [(packing.pack_int8, pack_int8), (packing.pack_int4, pack_int4)]
+
+
+def assert_same_bits(found: Packed, expected: Packed) -> None:
+    assert type(found) is type(expected) and found.width == expected.width
+    for one, other in zip(parts_of(found), parts_of(expected), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("kernel", "pack"), TWINS)
+@pytest.mark.parametrize("width", [1, *WIDTHS, 4304])
+def test_packing_kernels_give_the_bits_of_their_definitions(kernel, pack, width: int) -> None:
+    w = normal((70, width), 25)
+    w[3:20] *= np.logspace(-44, 18, 17, dtype=np.float32)[:, None]  # denormal numbers too
+    w[20], w[21] = 0.0, -0.0
+    w[22] = np.rint(w[22] * 2)  # ties, of magnitudes and of halves
+    for rows in (w, round_to_bfloat16(w), w.clip(-6e4, 6e4).astype(np.float16)):
+        assert_same_bits(kernel(rows), pack(rows))
+
+
+@pytest.mark.parametrize(("kernel", "pack"), TWINS)
+def test_packing_kernels_treat_damaged_rows_as_their_definitions(kernel, pack) -> None:
+    w = normal((8, 200), 26)
+    w[1, 5], w[2, 9], w[3, 7], w[4], w[5, 0] = np.inf, np.nan, -np.inf, 3e38, 1e30
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert_same_bits(kernel(w), pack(w))
+
+
+@pytest.mark.parametrize(("kernel", "pack"), TWINS)
+def test_packing_kernels_read_weights_as_a_memory_map_has_them(kernel, pack) -> None:
+    w = normal((5, 200), 27)
+    for values in (w, round_to_bfloat16(w).bits):
+        moved = np.ndarray(values.shape, values.dtype, bytearray(values.nbytes + 1), 1)
+        moved[...] = values
+        assert not moved.flags.aligned
+        moved.flags.writeable = False
+        wrap = BFloat16 if values.dtype == np.uint16 else np.asarray
+        for rows in (slice(None), slice(1, 4), slice(None, None, 2)):
+            assert_same_bits(kernel(wrap(moved)[rows]), pack(wrap(moved)[rows]))
 
 
 # --- products ----------------------------------------------------------------------------------

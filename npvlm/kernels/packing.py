@@ -13,7 +13,7 @@ from numba import prange
 from npvlm.kernels.compiling import compiled, kept, parallel
 from npvlm.kernels.functions import ROUND, from_bits
 from npvlm.kernels.functions import bits as bits_of
-from npvlm.kernels.products import _nearest, _rotate
+from npvlm.kernels.inputs import nearest, rotate_row
 from npvlm.model.weights import (
     GROUP,
     LEAST,
@@ -84,7 +84,7 @@ with kept():
             gain = MOST / largest if SMALLEST <= largest < np.inf else np.float32(0)
             scales[r] = largest / MOST
             for j in range(len(row)):
-                values[r, j] = _nearest(row[j] * gain)
+                values[r, j] = nearest(row[j] * gain)
 
     @parallel
     def _pack_int4(bits, shift, block, nibbles, scales):
@@ -102,7 +102,7 @@ with kept():
         words = row.view(np.uint32)
         for j in range(len(bits)):
             words[j] = np.uint32(bits[j]) << shift
-        _rotate(row, block)
+        rotate_row(row, block)
         return row
 
     @compiled

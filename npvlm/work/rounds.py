@@ -13,16 +13,13 @@ from types import ModuleType
 
 import numpy as np
 
-from npvlm import kernels
-from npvlm.api import _precision
+from npvlm.api import open_weights
 from npvlm.config import Config, read_config
 from npvlm.decoding.generate import Token, generate
-from npvlm.files.checkpoint import open_checkpoint
-from npvlm.files.packed import at_precision
 from npvlm.model import paligemma
 from npvlm.model.ops import Index
 from npvlm.model.tap import closed
-from npvlm.model.weights import PACKERS, Array, Weights
+from npvlm.model.weights import Array, Weights
 from npvlm.work.peers.process import Round
 
 
@@ -49,11 +46,8 @@ def open_model(folder: Path, precision: str | None) -> Opened:
     """Open a checkpoint folder as `load` does, its tokenizer aside."""
     began = time.perf_counter()
     config = read_config(folder)
-    precision = _precision(folder, config, precision)
-    stored = open_checkpoint(folder, config)
-    weights = stored if config.quantization else at_precision(stored, precision, PACKERS)
-    load = time.perf_counter() - began
-    return Opened(config, Weights(weights), precision, kernels, load)
+    weights, precision, ops = open_weights(folder, config, precision, "kernels")
+    return Opened(config, weights, precision, ops, time.perf_counter() - began)
 
 
 def random_inputs(config: Config, batch: int, prompt_tokens: int) -> Inputs:

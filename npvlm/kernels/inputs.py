@@ -1,0 +1,244 @@
+"""Rows of inputs as `add_tile` reads them: rounded as the weights ask for, and packed in tiles.
+
+Axis letters: T rows of inputs · I in features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from npvlm.kernels.compiling import compiled, parallel
+from npvlm.kernels.functions import ROUND, from_bits
+from npvlm.kernels.tiles import INT4_BYTES, MIDDLE, TALL, float32_inputs
+from npvlm.kernels.vectors import LANES, pointer, rotate_lanes, rotate_pair
+from npvlm.model.weights import LEAST, Array, BFloat16, BFloat16Product, Int4, Int8, Weight
+
+MOST, WHOLE, SMALLEST = np.float32(127), np.float32(128), np.float32(LEAST)
+NOTHING = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Rows packed for `add_tile`: tiles of `height` rows, the last filled up with zeros.
+
+    panels [tiles, steps, height, elements of a step], flat
+    scales [T], offsets [T]: of rows rounded to 8 bits; empty otherwise. The offset is 128 times the
+    sum of a row, which the products of Int8 have too much.
+    """
+
+    panels: Array
+    tiles: int
+    height: int
+    steps: int
+    scales: NDArray[np.float32]
+    offsets: NDArray[np.int32]
+
+
+def tile_height(rows: int) -> int:
+    """The fewest rows a tile can have without making more tiles than needed."""
+    share = -(-rows // -(-rows // TALL))
+    return 1 if share == 1 else MIDDLE if share <= MIDDLE else TALL
+
+
+def pack(x: Array, w: Weight) -> Inputs:
+    """Prepare rows x [T, I] for products with weights like w: rounded as w asks, and in tiles."""
+    x = np.ascontiguousarray(x)
+    T, I = x.shape
+    height = tile_height(T)
+    tiles = -(-T // height)
+    if isinstance(w, Int8 | Int4):
+        eight = isinstance(w, Int8)
+        elements, inputs = (4 * LANES, 4 * LANES) if eight else (INT4_BYTES, 8 * LANES)
+        steps = -(-I // w.block) * w.block // inputs
+        panels = _aligned(tiles * steps * height * elements, np.int8)
+        scales, offsets = np.empty(T, np.float32), np.empty(T if eight else 0, np.int32)
+        _pack_integers(x, height, w.block, steps, panels, scales, offsets)
+        return Inputs(panels, tiles, height, steps, scales, offsets)
+    pairs = isinstance(w, BFloat16Product)
+    elements = 2 * LANES if pairs else float32_inputs(numbers_of(w).dtype.itemsize)
+    steps = -(-I // elements)
+    if elements > I:
+        x = np.pad(x, ((0, 0), (0, elements - I)))
+    panels = _aligned(tiles * steps * height * elements, np.uint16 if pairs else np.float32)
+    if pairs:
+        _pack_bfloat16(x, height, steps, panels)
+    else:
+        _pack_float32(x, height, steps, elements, panels)
+    return Inputs(panels, tiles, height, steps, NOTHING, np.empty(0, np.int32))
+
+
+def _aligned(size: int, dtype: Any) -> Array:
+    """Room for vectors that each lie in one cache line."""
+    room = np.empty(size * np.dtype(dtype).itemsize + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + len(room) - 64].view(dtype)
+
+
+def numbers_of(w: Array | BFloat16) -> Array:
+    """The numbers of a weight as they are multiplied: float64 has no kernel and is rounded."""
+    values = w.bits if isinstance(w, BFloat16) else w
+    return values.astype(np.float32) if values.dtype == np.float64 else values
+
+
+@parallel
+def _pack_float32(x, height, steps, width, panels):
+    tiles = -(-len(x) // height)
+    if tiles == 1:  # one tile is packed before another thread is awake
+        _pack_float32_tile(x, 0, height, steps, width, panels)
+    else:
+        for tile in prange(tiles):
+            _pack_float32_tile(x, tile, height, steps, width, panels)
+
+
+@compiled
+def _pack_float32_tile(x, tile, height, steps, width, panels):
+    T, I = x.shape
+    size = height * steps * width
+    panel = panels[tile * size : (tile + 1) * size].reshape(steps, height, width)
+    for i in range(height):
+        row = tile * height + i
+        for step in range(steps):
+            at = min(step * width, I - width)
+            for j in range(width):
+                counted = at + j < step * width
+                panel[step, i, j] = 0 if counted or row >= T else x[row, at + j]
+
+
+@parallel
+def _pack_bfloat16(x, height, steps, panels):
+    tiles = -(-len(x) // height)
+    if tiles == 1:
+        _pack_bfloat16_tile(x, 0, height, steps, panels)
+    else:
+        for tile in prange(tiles):
+            _pack_bfloat16_tile(x, tile, height, steps, panels)
+
+
+@compiled
+def _pack_bfloat16_tile(x, tile, height, steps, panels):
+    """Round to the nearest bfloat16, ties to even bits; a nan stays one."""
+    T, I = x.shape
+    values = x.view(np.uint32)
+    width = 2 * LANES
+    size = height * steps * width
+    panel = panels[tile * size : (tile + 1) * size].reshape(steps, height, width)
+    for i in range(height):
+        row = tile * height + i
+        for step in range(steps):
+            at = min(step * width, I - width)
+            for lane in range(width):
+                counted = at + lane < step * width
+                n = np.uint32(0) if counted or row >= T else values[row, at + lane]
+                upper = n >> np.uint32(16)
+                nan = n & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
+                rounded = (n + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
+                panel[step, i, lane] = upper | np.uint32(0x40) if nan else rounded
+
+
+@parallel
+def _pack_integers(x, height, block, steps, panels, scales, offsets):
+    tiles = -(-len(x) // height)
+    if tiles == 1:
+        _pack_integers_tile(x, 0, height, block, steps, panels, scales, offsets)
+    else:
+        for tile in prange(tiles):
+            _pack_integers_tile(x, tile, height, block, steps, panels, scales, offsets)
+
+
+@compiled
+def _pack_integers_tile(x, tile, height, block, steps, panels, scales, offsets):
+    """Rotate rows and round each to whole steps of its own scale: see `weights.quantize`.
+
+    Offsets are asked for by Int8, whose weights are multiplied with 128 added: 128 times the sum of
+    a row. Int4 has its own beside each 128 inputs.
+    """
+    T, I = x.shape
+    eight = len(offsets) > 0
+    inputs, elements = (4 * LANES, 4 * LANES) if eight else (8 * LANES, INT4_BYTES)
+    size = height * steps * elements
+    panel = panels[tile * size : (tile + 1) * size]
+    panel[:] = 0
+    row = np.empty(steps * inputs, np.float32)
+    bits = row.view(np.int32)
+    for i in range(min(height, T - tile * height)):
+        t = tile * height + i
+        row[:I] = x[t]
+        row[I:] = 0
+        rotate_row(row, block)
+        most = np.int32(
+            0
+        )  # as integers, floats without their sign have the same order; nan is last
+        for j in range(len(bits)):
+            most = max(most, bits[j] & np.int32(0x7FFFFFFF))
+        largest = from_bits(np.int32(most))
+        scales[t] = largest / MOST
+        usable = SMALLEST <= largest < np.inf
+        gain = MOST / largest if usable else np.float32(0)
+        total = 0
+        for step in range(steps):
+            here = row[step * inputs : (step + 1) * inputs]
+            packed = panel[(step * height + i) * elements : (step * height + i + 1) * elements]
+            if eight:
+                total += _pack_step(here, gain, packed)
+            else:
+                _pack_groups(here, gain, packed)
+        if eight:
+            offsets[t] = 128 * total
+
+
+@compiled
+def _pack_step(row, gain, packed):
+    """64 inputs of Int8; returns their sum."""
+    total = np.int32(0)
+    for j in range(4 * LANES):
+        value = nearest(row[j] * gain)
+        total += value
+        packed[j] = value
+    return total
+
+
+@compiled
+def _pack_groups(row, gain, packed):
+    """128 inputs of Int4: the first halves of four groups, their second halves, and lane starts.
+
+    Weights are stored with 8 added; what that makes a lane too large is where it starts below zero.
+    """
+    for half in range(2):
+        for group in range(4):
+            for j in range(LANES):
+                value = nearest(row[group * 32 + half * 16 + j] * gain)
+                packed[half * 64 + group * 16 + j] = value
+    starts = packed[128:].view(np.int32)
+    for lane in range(LANES):
+        total = np.int32(0)
+        for j in range(4):
+            total += np.int32(packed[lane * 4 + j]) + np.int32(packed[64 + lane * 4 + j])
+        starts[lane] = -8 * total
+
+
+@compiled
+def nearest(x):
+    """Round to the nearest whole number, ties to even; zero for what is no number."""
+    return np.int32((x + ROUND) - ROUND) if abs(x) < WHOLE else np.int32(0)
+
+
+@compiled
+def rotate_row(row, block):
+    """Twin of weights.rotate for one row, in place: the same additions in the same order."""
+    for begin in range(0, len(row), block):
+        for start in range(begin, begin + block, LANES):
+            rotate_lanes(pointer(row, start))
+        h = LANES
+        while h < block:
+            for start in range(begin, begin + block, 2 * h):
+                for j in range(start, start + h, LANES):
+                    rotate_pair(pointer(row, j), pointer(row, j + h))
+            h *= 2
+    gain = np.float32(1 / np.sqrt(block))
+    for j in range(len(row)):
+        row[j] *= gain

@@ -1,0 +1,255 @@
+"""With the kernels, how a computation is cut up never shows: the same bits, not nearly the same.
+
+Where tokens are decoded one by one, sequences packed, threads shared out, or only some rows of the
+last layer computed, `np.array_equal` holds. In float32, int8 and int4 the bits are also the same on
+every CPU that has fused multiply-add, so a checksum of the logits is stored here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pkgutil
+import re
+import warnings
+from dataclasses import dataclass
+from importlib import import_module
+
+import numba
+import numpy as np
+import pytest
+from PIL import Image
+
+import npvlm
+from npvlm import kernels
+from npvlm.config import Config
+from npvlm.decoding.generate import generate, logits
+from npvlm.files.names import expected_shapes
+from npvlm.files.packed import at_precision
+from npvlm.kernels.packing import PACKERS
+from npvlm.kernels.vectors import features as cpu_features
+from npvlm.model import gemma, paligemma
+from npvlm.model.cache import Rows, new_cache
+from npvlm.model.tap import closed
+from npvlm.model.weights import Array, Weights, round_to_bfloat16
+from tests.tiny import EOS, tiny_config
+
+# Of a decoder with a window, one bites in every block of keys and one only beyond the first.
+FAMILIES = {
+    "gemma": tiny_config("gemma"),
+    "gemma2": tiny_config("gemma2"),
+    "gemma2, wide window": tiny_config("gemma2", sliding_window=70),
+}
+# How weights are stored, and the precision they are used at.
+KINDS = [
+    ("F32", "float32"),
+    ("F16", "float32"),
+    ("BF16", "float32"),
+    ("BF16", "bfloat16"),
+    ("F32", "int8"),
+    ("F32", "int4"),
+]
+CASES = [(family, *kind) for family in FAMILIES for kind in KINDS]
+CASES += [
+    ("shapes", "as stored", precision) for precision in dict(KINDS[3:], F16="float32").values()
+]
+
+# sha256 of the logits, as little-endian float32, that any CPU with fused multiply-add computes. A
+# change that rounds differently changes them; nothing else may.
+CHECKSUMS = {
+    ("gemma", "float32"): "8b653518166c31eba93550f09fe2369d7b133440c1d4d28308228877f2cc9e6b",
+    ("gemma", "int8"): "ba30e457f2cc1d383605a9c78aa148f52636ee791053dd97a2057ab12005756c",
+    ("gemma", "int4"): "2a4a146dd3c9b19267000fa50dd9ce00b18c126746ed7e064734c62644c9109b",
+    ("gemma2", "float32"): "730745a5f83dac9fc76b482521da09f316e8a99b13a86c7584490097b8a42f13",
+    ("gemma2", "int8"): "11c9f4ab3dd0d106f1445362d7468074cf36b1b4f038f2f54578c7ba582e8e3c",
+    ("gemma2", "int4"): "840a5c6d9582eded6e1831c7a43a6cc5059812f3fc71ac3be6573229ff287dd3",
+    ("shapes", "float32"): "c5c4ce62b959ac7c683e1c0233b4774505df46bf52fb5fa4706362aa8de58bb5",
+    ("shapes", "int8"): "84c02e1fb5b4e5e404a0d06ed5347971c1dd012938dc1a9412e622aee829c97f",
+    ("shapes", "int4"): "a9f7544980d929e5e09b7162ca17b5bfe8df99050396916a3f699f75371d4bb9",
+}
+
+
+@dataclass
+class Case:
+    """A model, and pictures and prompts to run it on."""
+
+    config: Config
+    weights: Weights
+
+    def pixels(self, pictures: int) -> Array:
+        side = self.config.vision_config.image_size
+        rng = np.random.default_rng(1)
+        return rng.random((pictures, 3, side, side), np.float32) * 2 - 1
+
+    def features(self, pixels: Array) -> Array:
+        found = paligemma.image_features(pixels, self.weights, self.config, ops=kernels, tap=closed)
+        return found.reshape(-1, found.shape[-1])
+
+    def prompt(self, length: int, pictures: int = 1) -> Array:
+        images = np.full(
+            pictures * self.config.vision_config.num_patches, self.config.image_token_index
+        )
+        return np.concatenate([images, np.random.default_rng(length).integers(4, 90, length)])
+
+    def decode(
+        self, prompts: list[Array], features: Array, steps: list[int]
+    ) -> tuple[list[list[int]], list[Array]]:
+        """The ids of every sequence, and the scores [steps, V] that each was chosen from."""
+        choosers = [Chooser(n, self.config.eos_token_ids) for n in steps]
+        run = generate(
+            prompts, features, self.weights, self.config, choosers, max(steps) + 1,
+            ops=kernels, tap=closed,
+        )  # fmt: skip
+        for _ in run:
+            pass
+        return [c.ids for c in choosers], [np.stack(c.rows) for c in choosers]
+
+    def logits(self, prompt: Array, answer: list[int], features: Array) -> Array:
+        return logits(
+            prompt, np.array(answer, int), features, self.weights, self.config,
+            ops=kernels, tap=closed,
+        )  # fmt: skip
+
+
+class Chooser:
+    """Takes the likeliest token that ends nothing, an end at the last step; keeps what it saw."""
+
+    def __init__(self, steps: int, ends: tuple[int, ...]) -> None:
+        self.steps, self.ends = steps, ends
+        self.ids: list[int] = []
+        self.rows: list[Array] = []
+
+    def __call__(self, row: Array) -> int:
+        self.rows.append(row.copy())
+        going_on = row.copy()
+        going_on[list(self.ends)] = -np.inf
+        ended = len(self.rows) == self.steps
+        self.ids.append(self.ends[0] if ended else int(going_on.argmax()))
+        return self.ids[-1]
+
+
+def tiny_weights(config: Config, stored: str, precision: str) -> Weights:
+    """Random tensors that any generator of whole numbers gives: none is rounded."""
+    rng = np.random.default_rng(3)
+    tensors = {
+        name: rng.integers(-128, 128, shape).astype(np.float32) / 256
+        for name, shape in expected_shapes(config).items()
+    }
+    if stored == "F16":
+        tensors = {name: values.astype(np.float16) for name, values in tensors.items()}
+    if stored == "BF16":
+        tensors = {name: round_to_bfloat16(values) for name, values in tensors.items()}
+    return Weights(at_precision(tensors, precision, PACKERS))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=", ".join)
+def case(request: pytest.FixtureRequest) -> Case:
+    name, stored, precision = request.param
+    if name == "shapes":
+        model = npvlm.load("shapes", precision)
+        return Case(model.config, model.weights)
+    return Case(FAMILIES[name], tiny_weights(FAMILIES[name], stored, precision))
+
+
+def test_cached_decode_equals_one_uncached_pass(case: Case) -> None:
+    """The answer begins in the first block of keys and ends in the second."""
+    room = 60 - case.config.vision_config.num_patches
+    for length in (room if room > 0 else 70, 3):
+        features, prompt = case.features(case.pixels(1)), case.prompt(length)
+        [ids], [rows] = case.decode([prompt], features, [12])
+        assert len(ids) == 12
+        uncached = case.logits(prompt, ids, features)[len(prompt) - 1 : -1]
+        np.testing.assert_array_equal(rows, uncached)
+
+
+def test_packed_sequences_equal_each_alone(case: Case) -> None:
+    prompts, steps = [case.prompt(n) for n in (5, 1, 130, 64, 17)], [3, 9, 6, 1, 7]
+    P, features = case.config.vision_config.num_patches, case.features(case.pixels(5))
+    ids, rows = case.decode(prompts, features, steps)
+    assert list(map(len, ids)) == steps
+    for i, prompt in enumerate(prompts):
+        own = features[i * P : (i + 1) * P]
+        [alone_ids], [alone_rows] = case.decode([prompt], own, [steps[i]])
+        assert alone_ids == ids[i]
+        np.testing.assert_array_equal(alone_rows, rows[i])
+
+
+def test_pictures_seen_together_equal_each_alone(case: Case) -> None:
+    pixels = case.pixels(5)
+    together = case.features(pixels).reshape(5, case.config.vision_config.num_patches, -1)
+    for i in range(5):
+        np.testing.assert_array_equal(case.features(pixels[i : i + 1]), together[i])
+
+
+def test_one_thread_equals_two(case: Case) -> None:
+    prompts, results = [case.prompt(40, pictures=2), case.prompt(3)], []
+    before = numba.get_num_threads()
+    try:
+        for threads in (1, min(2, numba.config.NUMBA_NUM_THREADS)):
+            numba.set_num_threads(threads)
+            features = case.features(case.pixels(3))
+            results.append((features, *case.decode(prompts, features, [4, 6])[1]))
+    finally:
+        numba.set_num_threads(before)
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_last_layer_for_wanted_tokens_equals_that_for_all(case: Case) -> None:
+    prompt, features = case.prompt(31), case.features(case.pixels(1))
+    text, config = case.weights.scope("language_model"), case.config.text_config
+    x = paligemma.embed(prompt, features, case.weights, case.config, ops=kernels, tap=closed)
+    rows, every = Rows.of(0, len(x), range(len(x))), np.arange(len(x))
+
+    def run(wanted: Array) -> Array:
+        cache = new_cache(config, len(x), x.dtype)
+        return gemma.hidden_states(x, text, config, cache, rows, wanted, ops=kernels, tap=closed)
+
+    whole = run(every)
+    for wanted in (every[-1:], every[3::7]):
+        np.testing.assert_array_equal(run(wanted), whole[wanted])
+
+
+def drawn_picture(side: int) -> Image.Image:
+    """A blue square and a shaded ground, drawn with whole numbers at the size that is read."""
+    x, y = np.arange(side)[None, :, None], np.arange(side)[:, None, None]
+    colours = (200 + x // 4 + y // 8 + np.array([0, 5, 10])) % 256
+    colours[side // 4 : side // 2, side // 4 : side // 2] = (30, 60, 200)
+    return Image.fromarray(colours.astype(np.uint8), "RGB")
+
+
+@pytest.mark.skipif("fma" not in cpu_features(), reason="a CPU without fused multiply-add")
+@pytest.mark.parametrize(("name", "precision"), CHECKSUMS)
+def test_logits_are_the_bits_of_every_cpu_with_fused_multiply_add(name, precision) -> None:
+    if name == "shapes":
+        model = npvlm.load("shapes", precision)
+        picture = drawn_picture(model.config.vision_config.image_size)
+        scores = model.logits(picture, "detect blue square", [5, 6, 7])
+    else:
+        case = Case(FAMILIES[name], tiny_weights(FAMILIES[name], "F32", precision))
+        scores = case.logits(case.prompt(80), [5, 6, EOS], case.features(case.pixels(1)))
+    digest = hashlib.sha256(scores.astype("<f4").tobytes()).hexdigest()
+    assert digest == CHECKSUMS[name, precision]
+
+
+def assembly() -> dict[str, str]:
+    """The code of the kernels that this process has compiled; numba shows none that it has read."""
+    found = {}
+    for module in pkgutil.iter_modules(kernels.__path__, "npvlm.kernels."):
+        for name, kernel in vars(import_module(module.name)).items():
+            if hasattr(kernel, "inspect_asm"):
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    codes = kernel.inspect_asm()
+                for signature, code in codes.items():
+                    if re.search(r"^\s+ret", code, re.MULTILINE):
+                        found[f"{module.name}.{name}{signature}"] = code
+    return found
+
+
+def test_no_code_is_wider_than_the_cpu_that_it_is_for() -> None:
+    """Which is the one that numba was told of, by NUMBA_CPU_FEATURES, not the one it runs on."""
+    code = assembly()
+    if not code:
+        pytest.skip("all kernels came from the disk cache")
+    wide = [name for name, text in code.items() if "zmm" in text]
+    assert bool(wide) == ("avx512f" in cpu_features())
