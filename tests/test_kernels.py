@@ -143,7 +143,7 @@ ATTENTION = [
 
 def scene(rng, T: int, H: int, K: int, d: int, window: int | None) -> tuple:
     """T tokens that see what came before, in a slab whose other rows are no numbers."""
-    begin, before = 7, 93
+    begin, before = 7, 150
     rows = begin + before + T
     q, k, v = numbers(rng, T, H, d), numbers(rng, rows + 20, K, d), numbers(rng, rows + 20, K, d)
     for slab in (k, v):
@@ -173,6 +173,20 @@ def test_a_token_attends_alone_as_it_does_among_others(rng, case) -> None:
     for t in (0, 1, 33, 69):
         one = slice(t, t + 1)
         alone = kernels.attend(q[one], k, v, *(r[one] for r in rows), d**-0.5, cap)
+        np.testing.assert_array_equal(alone[0], together[t])
+
+
+def test_tokens_of_one_run_may_begin_to_see_in_different_blocks(rng) -> None:
+    """The end of a prefix sees all of it, the first answer tokens a window: first jumps by 150."""
+    q, k, v, start, _, last = scene(rng, 6, 8, 4, 32, None)
+    first = start + np.array([0, 0, 0, 70, 130, 150])
+    together = kernels.attend(q, k, v, start, first, last, 0.2)
+    wide = (a.astype(np.float64) for a in (q, k, v))
+    truth = definitions.attend(*wide, start, first, last, 0.2)
+    np.testing.assert_allclose(together, truth, atol=2e-6)
+    for t in range(6):
+        one = slice(t, t + 1)
+        alone = kernels.attend(q[one], k, v, start[one], first[one], last[one], 0.2)
         np.testing.assert_array_equal(alone[0], together[t])
 
 

@@ -118,8 +118,14 @@ def _attend_run(q, k, v, sees, scale, cap, mixed, token, tokens, group, first, h
             for i in range(min(height, rows - tile * height)):
                 row = tile * height + i
                 seen = row // heads
-                begin_, end_ = max(begins[seen] - block, 0), min(ends[seen] - block, WIDTH)
-                _soften(weights, i, begin_, end_, scale, cap, largest, totals, sums, row)
+                own_begin, own_end = max(begins[seen], block), min(ends[seen], block + WIDTH)
+                if own_begin < own_end:
+                    _soften(
+                        weights, i, own_begin - block, own_end - block, scale, cap,
+                        largest, totals, sums, row,
+                    )  # fmt: skip
+                else:
+                    weights[i] = 0
             place = pointer(sums, tile * height * size)
             _mix(
                 pointer(weights, 0), height, pointer(v, block * stride + group * d), stride, d,
