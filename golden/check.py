@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numba
 import numpy as np
 
 import npvlm
@@ -79,11 +80,12 @@ def main() -> int:
     parser.add_argument(
         "--wide", action="store_true", help="take one as wide as a real model instead, slowly"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch and kernels (default 1)")
     arguments = parser.parse_args()
 
     began = time.perf_counter()
     oracle.quiet(arguments.threads)
+    numba.set_num_threads(arguments.threads)
     report = Report()
     slow = ("1024",) if arguments.quick else ()
     recipes = [recipe for recipe in RECIPES if not recipe.name.endswith(slow)]

@@ -50,6 +50,12 @@ def other(photo: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled(photo: Path) -> None:
+    """The first run says that it compiles kernels; the tests are about later ones."""
+    run("generate", photo, "--prompt", QUESTION)
+
+
 def one_line(result: subprocess.CompletedProcess[str]) -> str:
     """What stderr says, if it says it in one line and without a traceback."""
     assert "Traceback" not in result.stderr
@@ -221,6 +227,7 @@ def test_threads_reach_the_libraries_before_numpy_is_imported() -> None:
         (["--seed", "-1"], "-1"),
         (["--threads", "0"], "0"),
         (["--do_sample", "perhaps"], "perhaps"),
+        (["--ops", "torch"], "kernels"),
         (["--colour"], "--colour"),
     ],
 )
@@ -284,6 +291,49 @@ def test_ctrl_c_exits_with_130_and_sigterm_with_143(photo: Path) -> None:
         assert "Traceback" not in stderr
 
 
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [(signal.SIGINT, 130, "interrupted."), (signal.SIGTERM, 143, "terminated.")],
+)
+def test_signals_are_heard_while_kernels_are_compiled(
+    photo: Path, tmp_path: Path, number: int, code: int, says: str
+) -> None:
+    process = subprocess.Popen(
+        [*CLI, "generate", str(photo), "--prompt", QUESTION, "--model", "shapes"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+    )
+    assert process.stderr is not None
+    assert "compiling kernels for this CPU, once" in process.stderr.readline()
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr.strip()) == (code, "", f"npvlm: {says}")
+
+
+def test_a_signal_that_python_forgets_is_raised_all_the_same() -> None:
+    code = """
+import signal, time
+from npvlm.cli.interruption import Terminated, listen
+
+class Fragile:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)  # raised in here, it is printed and forgotten
+
+listen()
+try:
+    Fragile()
+    time.sleep(20)
+except Terminated:
+    print("terminated")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (result.stdout, result.stderr) == ("terminated\n", "")
+
+
 def test_a_closed_pipe_ends_quietly(photo: Path) -> None:
     command = [*CLI, "generate", *[str(photo)] * 300, "--prompt", QUESTION, "--model", "shapes"]
     pipe = subprocess.PIPE
@@ -328,6 +378,13 @@ def test_the_demo_says_where_it_cannot_write(tmp_path: Path) -> None:
     wrong = run("demo", "-o", tmp_path / "x.jpg")
     assert wrong.returncode == 2 and ".png" in one_line(wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_definitions_give_the_kernels_answer(photo: Path) -> None:
+    options = ["generate", photo, "--prompt", QUESTION]
+    numpy = run(*options, "--ops", "numpy")
+    assert (numpy.returncode, numpy.stderr) == (0, "")
+    assert numpy.stdout == run(*options).stdout == run(*options, "--ops", "kernels").stdout
 
 
 def test_a_missing_prompt_is_said_with_an_example(photo: Path) -> None:

@@ -175,3 +175,22 @@ for name in ("HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
     [said, answer] = use(toy, "1", nobody)
     assert "NUMBA_CACHE_DIR" in said and answer == "2"
     assert not (toy / "~").exists()
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_threads_of_python_may_generate_at_once(layer: str) -> None:
+    """The work queue of numba ends the process where two of them start a kernel at once."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+import npvlm
+from npvlm.work.demo import draw_picture
+
+model, prompts = npvlm.load("shapes"), ["caption en", "answer en how many shapes?"] * 4
+alone = [model.generate(draw_picture(), prompt)[0] for prompt in prompts[:2]]
+with ThreadPoolExecutor(4) as threads:
+    together = threads.map(lambda prompt: model.generate(draw_picture(), prompt)[0], prompts)
+for i, answer in enumerate(together):
+    assert answer.token_ids == alone[i % 2].token_ids
+    assert answer.logprobs == alone[i % 2].logprobs
+"""
+    assert python(code, NUMBA_THREADING_LAYER=layer, NUMBA_NUM_THREADS="2") == []

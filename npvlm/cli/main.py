@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
-from types import FrameType
 from typing import NoReturn
 
 import click
@@ -16,6 +14,7 @@ from npvlm.cli.bench import bench
 from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
 from npvlm.cli.generate import generate
+from npvlm.cli.interruption import Terminated, listen
 from npvlm.errors import NpvlmError
 
 EXIT_CODES = """\b
@@ -44,7 +43,7 @@ npvlm.add_command(generate)
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    listen()
     # Numbers that overflow are met where they matter; a warning with a source line helps no one.
     warnings.simplefilter("ignore", RuntimeWarning)
     for stream in (sys.stdout, sys.stderr):
@@ -95,11 +94,3 @@ def _closed_pipe() -> int:
     """Whoever read our output has had enough: end quietly."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-def _terminated(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from npvlm.cli.interruption import hold, release
 from npvlm.config import PACKED, PRECISIONS, read_config
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def open_model(model: str, precision: str | None, ops: str) -> Model:
 
 
 def say_when_compiling() -> None:
-    """Say on stderr, once, that kernels are compiled, if they are."""
-    from npvlm.kernels.compiling import tell_of_compiling
+    """Say on stderr, once, that kernels are compiled, if they are, and let signals wait for it."""
+    from npvlm.kernels.compiling import tell_of_compiling, wrap_compiler
 
     tell_of_compiling(lambda what: click.echo(f"npvlm: {what}", err=True))
+    wrap_compiler(hold, release)

@@ -37,7 +37,7 @@ def packing(name: str, shape: tuple[int, ...], precision: str | None) -> str | N
     """Say how a tensor is packed in a model of a precision: as "int8", as "int4" or not.
 
     In int4 the layers of the decoder have 4 bits and all other matrices 8: the image tower, the
-    projector and the tables are a third of the weights, and would make most of the loss.
+    projector and the tables are a third of a 3B's weights, and would make more than half the loss.
     """
     if precision not in PACKED or not multiplies(name, shape):
         return None

@@ -120,28 +120,43 @@ def kept() -> Iterator[None]:
         numba.config.CACHE_DIR = before
 
 
-class _FirstCompilation(event.Listener):
-    """Says something once, when numba begins to compile: what it finds in the cache is silent."""
+class _Listener(event.Listener):
+    """Calls a function when numba begins something, and another when it ends."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say: Callable[[str], None] | None = say
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self.begin, self.end = begin, end
 
     def on_start(self, event: Any) -> None:
-        if self.say is None:
-            return
-        say, self.say = self.say, None
-        if WRITABLE:
-            say("compiling kernels for this CPU, once; this takes about 15 seconds.")
-        else:
-            say(
-                f"compiling kernels in every run, which takes about 15 seconds: {FOLDER} cannot be "
-                "written; let NUMBA_CACHE_DIR name a folder that can."
-            )
+        self.begin()
 
     def on_end(self, event: Any) -> None:
-        pass
+        self.end()
 
 
 def tell_of_compiling(say: Callable[[str], None]) -> None:
-    """Call `say` with one sentence should a kernel have to be compiled, before it is."""
-    event.register("numba:compile", _FirstCompilation(say))
+    """Call `say` with one sentence should a kernel have to be compiled, before it is.
+
+    What is found on disk is not compiled.
+    """
+    told: list[str] = []
+
+    def tell() -> None:
+        if told:
+            return
+        told.append(
+            "compiling kernels for this CPU, once; this takes about 15 seconds."
+            if WRITABLE
+            else f"compiling kernels in every run, which takes about 15 seconds: {FOLDER} cannot "
+            "be written; let NUMBA_CACHE_DIR name a folder that can."
+        )
+        say(told[0])
+
+    event.register("numba:compile", _Listener(tell, lambda: None))
+
+
+def wrap_compiler(begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Have numba call `begin` and `end` around whatever it compiles, loads and keeps.
+
+    The calls are nested; neither is made where LLVM calls back, so both may raise.
+    """
+    event.register("numba:compiler_lock", _Listener(begin, end))

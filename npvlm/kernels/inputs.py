@@ -89,10 +89,10 @@ def numbers_of(w: Array | BFloat16) -> Array:
 def _pack_float32(x, height, steps, width, panels):
     tiles = -(-len(x) // height)
     if tiles == 1:  # one tile is packed before another thread is awake
-        _pack_float32_tile(x, 0, height, steps, width, panels)
+        _pack_float32_tile(x, np.int64(0), height, steps, width, panels)
     else:
         for tile in prange(tiles):
-            _pack_float32_tile(x, tile, height, steps, width, panels)
+            _pack_float32_tile(x, np.int64(tile), height, steps, width, panels)
 
 
 @compiled
@@ -113,10 +113,10 @@ def _pack_float32_tile(x, tile, height, steps, width, panels):
 def _pack_bfloat16(x, height, steps, panels):
     tiles = -(-len(x) // height)
     if tiles == 1:
-        _pack_bfloat16_tile(x, 0, height, steps, panels)
+        _pack_bfloat16_tile(x, np.int64(0), height, steps, panels)
     else:
         for tile in prange(tiles):
-            _pack_bfloat16_tile(x, tile, height, steps, panels)
+            _pack_bfloat16_tile(x, np.int64(tile), height, steps, panels)
 
 
 @compiled
@@ -144,10 +144,10 @@ def _pack_bfloat16_tile(x, tile, height, steps, panels):
 def _pack_integers(x, height, block, steps, panels, scales, offsets):
     tiles = -(-len(x) // height)
     if tiles == 1:
-        _pack_integers_tile(x, 0, height, block, steps, panels, scales, offsets)
+        _pack_integers_tile(x, np.int64(0), height, block, steps, panels, scales, offsets)
     else:
         for tile in prange(tiles):
-            _pack_integers_tile(x, tile, height, block, steps, panels, scales, offsets)
+            _pack_integers_tile(x, np.int64(tile), height, block, steps, panels, scales, offsets)
 
 
 @compiled
