@@ -60,15 +60,15 @@ CASES += [
 # sha256 of the logits, as little-endian float32, that any CPU with fused multiply-add computes. A
 # change that rounds differently changes them; nothing else may.
 CHECKSUMS = {
-    ("gemma", "float32"): "8b653518166c31eba93550f09fe2369d7b133440c1d4d28308228877f2cc9e6b",
-    ("gemma", "int8"): "ba30e457f2cc1d383605a9c78aa148f52636ee791053dd97a2057ab12005756c",
-    ("gemma", "int4"): "2a4a146dd3c9b19267000fa50dd9ce00b18c126746ed7e064734c62644c9109b",
-    ("gemma2", "float32"): "730745a5f83dac9fc76b482521da09f316e8a99b13a86c7584490097b8a42f13",
-    ("gemma2", "int8"): "11c9f4ab3dd0d106f1445362d7468074cf36b1b4f038f2f54578c7ba582e8e3c",
-    ("gemma2", "int4"): "840a5c6d9582eded6e1831c7a43a6cc5059812f3fc71ac3be6573229ff287dd3",
-    ("shapes", "float32"): "c5c4ce62b959ac7c683e1c0233b4774505df46bf52fb5fa4706362aa8de58bb5",
-    ("shapes", "int8"): "84c02e1fb5b4e5e404a0d06ed5347971c1dd012938dc1a9412e622aee829c97f",
-    ("shapes", "int4"): "a9f7544980d929e5e09b7162ca17b5bfe8df99050396916a3f699f75371d4bb9",
+    ("gemma", "float32"): "cd7d31d9d5b841bb221d5763ae488fe77ce8cd90fe4fbf765ba4254f6a0e9509",
+    ("gemma", "int8"): "82d9abc325aed916514da1a5f88dbb99688a13d5a6e6a5b5104490d18d5fc9e4",
+    ("gemma", "int4"): "266d592f3fd109878023195385e6c25629880084504656e64285d76d0aaac1da",
+    ("gemma2", "float32"): "9868b83a7361ac1a1948b8cdd3aa73ab52a5384ed5871962b487c98c5e649293",
+    ("gemma2", "int8"): "3a5f5dd4b4f0459c8128f610168d95cff12d9bd4aa0bbe5f7f300284c9a46cdb",
+    ("gemma2", "int4"): "4c0a55d25fdf46fb4d5827d0be61992be171d95eed67934c67f4acfc362ecd66",
+    ("shapes", "float32"): "859eadff660da436c491873cd9669e12ef7c448dea087f98264f9facfd92ee9f",
+    ("shapes", "int8"): "8677305c9e0a72aaa3018dd45861f28a129ac7c3781cc0bd190f13f0db149c72",
+    ("shapes", "int4"): "13ceac5c325f9e147adf677c852c681f8ee04b8a7223136da00fd4229f613327",
 }
 
 

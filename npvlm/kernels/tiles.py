@@ -230,6 +230,8 @@ def mix_tile(
 ) -> Any:
     """Add values, weighed by attention, to sums [rows, size]: from `at`, LANES x columns of them.
 
+    They are summed up before they are added: one sum over all the keys would round more.
+
     weights points to [rows, WIDTH] float32, of which entries begin to end are taken in order, v to
     the values of entry 0, `length` of them; those of the next lie `stride` further. Lanes beyond
     the end are moved back to end there: they hold the last values.
@@ -247,8 +249,6 @@ def mix_tile(
         ]
         starts = [b.select(b.icmp_signed("<", start, last), start, last) for start in starts]
         accumulators = _accumulators(b, height * width, splat(FLOATS, 0.0))
-        for slot, place in zip(accumulators, places, strict=True):
-            b.store(load(b, place, FLOATS), slot)
         with cgutils.for_range_slice(b, begin, end, I64(1), inc=True) as (step, _):
             row = b.gep(v, [b.mul(step, stride)])
             values = [load(b, b.gep(row, [start]), FLOATS) for start in starts]
@@ -260,7 +260,7 @@ def mix_tile(
                     slot = accumulators[i * width + j]
                     b.store(fma(b, spread, values[j], b.load(slot)), slot)
         for slot, place in zip(accumulators, places, strict=True):
-            store(b, b.load(slot), place)
+            store(b, b.fadd(load(b, place, FLOATS), b.load(slot)), place)
         return context.get_dummy_value()
 
     integers = [types.int64] * 2
