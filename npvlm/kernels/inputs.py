@@ -5,8 +5,7 @@ Axis letters: T rows of inputs · I in features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -22,8 +21,7 @@ MOST, WHOLE, SMALLEST = np.float32(127), np.float32(128), np.float32(LEAST)
 NOTHING = np.empty(0, np.float32)
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """Rows packed for `add_tile`: tiles of `height` rows, the last filled up with zeros.
 
     panels [tiles, steps, height, elements of a step], flat

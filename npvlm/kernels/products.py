@@ -65,7 +65,7 @@ def _stored(w: Weight, x: Inputs) -> tuple[Array, Array, Array, Array]:
     if isinstance(w, Int8):
         return _bytes(w.values), np.empty(0, np.int8), NO_BYTES, w.scales
     if isinstance(w, Int4):
-        return _bytes(w.nibbles), np.empty(0, np.uint8), _bytes(w.scales), np.ones(len(w), "f4")
+        return _bytes(w.nibbles), np.empty(0, np.uint8), _bytes(w.scales), NOTHING
     values = numbers_of(w)
     if values.dtype == np.float16:
         values = values.view(np.int16)
@@ -114,20 +114,25 @@ def _products(
             _sum_block(panels, size, height, tiles, steps, start, w2, like, groups2, column, ups)
             for i in range(rows):
                 for j in range(columns):
-                    left, right = np.float32(sums[i, j]), np.float32(ups[i, j])
-                    if len(row_scales):
-                        left *= row_scales[row + i] * scales[column + j]
-                        right *= row_scales[row + i] * scales2[column + j]
+                    left = _scaled(sums[i, j], row_scales, row + i, scales, column + j)
+                    right = _scaled(ups[i, j], row_scales, row + i, scales2, column + j)
                     y[row + i, column + j] = gelu(left) * right
         else:
             for i in range(rows):
                 for j in range(columns):
-                    value = np.float32(sums[i, j])
-                    if len(row_scales):
-                        value *= row_scales[row + i] * scales[column + j]
+                    value = _scaled(sums[i, j], row_scales, row + i, scales, column + j)
                     if len(bias):
                         value += bias[column + j]
                     y[row + i, column + j] = value
+
+
+@compiled
+def _scaled(total, row_scales, i, scales, j):
+    """A sum as a float32, times the scales of its row and column where they have any."""
+    value = np.float32(total)
+    if len(row_scales):
+        value *= row_scales[i] * scales[j] if len(scales) else row_scales[i]
+    return value
 
 
 @compiled
