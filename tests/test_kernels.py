@@ -23,7 +23,6 @@ from npvlm.model.weights import (
 )
 
 KINDS = ("float32", "float16", "bfloat16", "bfloat16 products", "int8", "int4")
-ROUNDED = KINDS[3:]  # kinds whose inputs are rounded: the definition rounds them alike
 # Rows of no, one and several tiles; columns that fill no block; inputs that end inside a step.
 SIZES = [(1, 71, 72), (5, 64, 588), (8, 130, 2304), (7, 9, 10), (TALL + 1, 66, 1152), (200, 70, 33)]
 
@@ -121,6 +120,16 @@ def test_gated_is_the_bent_product_times_the_other(rng, kind) -> None:
     y = kernels.gated(x, gate, up, tap=closed)
     apart = kernels.gelu_tanh(kernels.linear(x, gate)) * kernels.linear(x, up)
     np.testing.assert_array_equal(y, apart)
+
+
+def test_gated_takes_two_weights_that_are_stored_unlike(rng) -> None:
+    x, w = numbers(rng, 3, 96), numbers(rng, 70, 96) * 0.2
+    for one in KINDS:
+        for other in KINDS:
+            gate, up = stored(w, one), stored(w[::-1].copy(), other)
+            y = kernels.gated(x, gate, up, tap=closed)
+            truth = definitions.gated(x, gate, up, tap=closed)
+            np.testing.assert_allclose(y, truth, atol=1e-4 * np.abs(truth).max())
 
 
 def test_nan_in_a_row_stays_in_that_row(rng) -> None:

@@ -46,6 +46,14 @@ def save_picture(picture: Image.Image, path: Path) -> None:
             Path(draft).unlink()
 
 
+def check_new(folder: Path) -> None:
+    """Refuse a place where something is already, or around which there is no folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already, expected a new or an empty folder.")
+    if not folder.parent.is_dir():
+        raise UsageError(f"{folder.parent} is no folder; make it first.")
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write into that takes its place once the block has ended without an error.
@@ -60,10 +68,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         Where it cannot be written.
     """
     folder = folder.expanduser().resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already, expected a new or an empty folder.")
-    if not folder.parent.is_dir():
-        raise UsageError(f"{folder.parent} is no folder; make it first.")
+    check_new(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as hidden:
             draft = Path(hidden) / folder.name

@@ -43,7 +43,7 @@ def gated(x: Array, gate: Weight, up: Weight, *, tap: Tap) -> Array:
 
     x [T, I], gate [O, I], up [O, I] -> [T, O]
     """
-    if x.dtype != np.float32 or type(gate) is not type(up):
+    if x.dtype != np.float32 or not _are_alike(gate, up):
         return ops.gated(x, gate, up, tap=tap)
     y = np.empty((len(x), len(gate)), np.float32)
     _multiply(pack(x, gate), (gate, up), NOTHING, y, True)
@@ -58,6 +58,13 @@ def patch_embed(pixel_values: Array, w: Array | BFloat16, bias: Weight) -> Array
     (D, C, p, _), squares = w.shape, ops.squares(pixel_values, w.shape[-1])  # [N, P, I]
     flat = squares.reshape(-1, squares.shape[-1])
     return linear(flat, w.reshape(D, C * p * p), bias).reshape(*squares.shape[:2], D)
+
+
+def _are_alike(w: Weight, other: Weight) -> bool:
+    """Whether two weights are stored in the same form, so that one kernel can read both."""
+    if isinstance(w, np.ndarray) and isinstance(other, np.ndarray):
+        return w.dtype == other.dtype
+    return type(w) is type(other)
 
 
 def _stored(w: Weight, x: Inputs) -> tuple[Array, Array, Array, Array]:

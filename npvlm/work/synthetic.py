@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from npvlm.config import Values, parse_config
-from npvlm.errors import NpvlmError, UsageError
+from npvlm.errors import NpvlmError
 from npvlm.files.names import Shapes, expected_shapes
+from npvlm.files.output import check_new, new_folder
 
 BLOCK = 4_194_301  # numbers in the block; a prime, so that no two rows of a weight are alike
 SPREAD = np.float32(0.02)
@@ -103,12 +104,8 @@ def check_place(values: Values, folder: Path | None) -> None:
     if folder is None:
         check_disk(Path(tempfile.gettempdir()), weight_bytes(values))
         return
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already, expected a new or an empty folder.")
-    if not folder.parent.is_dir():
-        raise UsageError(
-            f"{folder.parent} is no folder, expected one that is there; make it first."
-        )
+    folder = folder.expanduser().resolve()
+    check_new(folder)
     check_disk(folder.parent, weight_bytes(values))
 
 
@@ -151,16 +148,8 @@ def save_checkpoint(values: Values, folder: Path) -> None:
         As `check_place` does; also where it cannot be written.
     """
     check_place(values, folder)
-    folder = folder.resolve()
-    try:
-        draft = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    with draft as name:
-        whole = Path(name) / "checkpoint"
-        whole.mkdir()
-        _write(whole, values)
-        whole.replace(folder)
+    with new_folder(folder) as draft:
+        _write(draft, values)
 
 
 def _unwritable(folder: Path, error: OSError) -> NpvlmError:
