@@ -6,7 +6,7 @@ Axis letters: T rows of inputs · O, I out and in features.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
+from numba import get_num_threads, prange
 from numpy.typing import NDArray
 
 from npvlm.kernels.compiling import compiled, parallel
@@ -19,6 +19,7 @@ from npvlm.model.tap import Tap
 from npvlm.model.weights import Array, BFloat16, Int4, Int8, Weight, unpack
 
 CHUNK = 4096  # bytes of a packed row that are summed before the sum is added to the others
+SHARES = 4  # blocks of columns for each thread where there is one row: the fewer, the faster
 ROWS = 192  # rows of inputs that share a block of weights while it is in the cache: 32 x 6, 48 x 4
 NO_BYTES = np.empty((0, 0), np.uint8)
 NO_BYTES.flags.writeable = False
@@ -94,52 +95,58 @@ def _multiply(x: Inputs, weights: tuple[Weight, Weight], bias: Array, y: Array, 
     w, like, groups, scales = _stored(weights[0], x)
     w2, _, groups2, scales2 = _stored(weights[1], x) if gate else (w, like, groups, scales)
     zero = np.empty(0, np.int32 if like.dtype == np.int8 else np.float32)
+    T, O = y.shape
+    width = max(WIDTH, O // (SHARES * get_num_threads())) if T == 1 else WIDTH
     _products(
         x.panels, x.height, x.steps, x.scales, x.offsets, like, w, groups, scales,
-        w2, groups2, scales2, zero, bias, y, gate,
+        w2, groups2, scales2, zero, width, bias, y, gate,
     )  # fmt: skip
 
 
 @parallel
 def _products(
     x, height, steps, row_scales, offsets, like, w, groups, scales,
-    w2, groups2, scales2, zero, bias, y, gate,
+    w2, groups2, scales2, zero, width, bias, y, gate,
 ):  # fmt: skip
-    """One block of WIDTH columns and at most ROWS rows at a time, whose sums stay in the cache."""
+    """One block of `width` columns and at most ROWS rows at a time: its sums stay in the cache."""
     T, O = y.shape
     size = x.size // -(-T // height)  # elements of a packed tile
     parts = -(-T // ROWS)
-    for item in prange(-(-O // WIDTH) * parts):
-        column, row = item // parts * WIDTH, item % parts * ROWS
-        rows, columns = min(ROWS, T - row), min(WIDTH, O - column)
+    for item in prange(-(-O // width) * parts):
+        column, row = item // parts * width, item % parts * ROWS
+        rows, columns = min(ROWS, T - row), min(width, O - column)
         tiles = -(-rows // height)
         panels, start = x[row // height * size :], offsets[row:]
-        sums = np.empty((tiles * height, WIDTH), zero.dtype)
+        sums = np.empty((tiles * height, width), zero.dtype)
         _sum_block(panels, size, height, tiles, steps, start, w, like, groups, column, sums)
         if gate:
-            ups = np.empty((tiles * height, WIDTH), zero.dtype)
+            ups = np.empty((tiles * height, width), zero.dtype)
             _sum_block(panels, size, height, tiles, steps, start, w2, like, groups2, column, ups)
-            for i in range(rows):
+            other = np.empty(columns, np.float32)
+        for i in range(rows):
+            to = y[row + i, column : column + columns]
+            _finish(sums[i], row_scales, row + i, scales, column, to)
+            if gate:
+                _finish(ups[i], row_scales, row + i, scales2, column, other)
                 for j in range(columns):
-                    left = _scaled(sums[i, j], row_scales, row + i, scales, column + j)
-                    right = _scaled(ups[i, j], row_scales, row + i, scales2, column + j)
-                    y[row + i, column + j] = gelu(left) * right
-        else:
-            for i in range(rows):
+                    to[j] = gelu(to[j]) * other[j]
+            elif len(bias):
                 for j in range(columns):
-                    value = _scaled(sums[i, j], row_scales, row + i, scales, column + j)
-                    if len(bias):
-                        value += bias[column + j]
-                    y[row + i, column + j] = value
+                    to[j] += bias[column + j]
 
 
 @compiled
-def _scaled(total, row_scales, i, scales, j):
-    """A sum as a float32, times the scales of its row and column where they have any."""
-    value = np.float32(total)
-    if len(row_scales):
-        value *= row_scales[i] * scales[j] if len(scales) else row_scales[i]
-    return value
+def _finish(sums, row_scales, i, scales, column, to):
+    """Sums of row i as float32, times the scales of their row and columns where they have any."""
+    if len(scales):
+        for j in range(len(to)):
+            to[j] = np.float32(sums[j]) * (row_scales[i] * scales[column + j])
+    elif len(row_scales):
+        for j in range(len(to)):
+            to[j] = sums[j] * row_scales[i]
+    else:
+        for j in range(len(to)):
+            to[j] = sums[j]
 
 
 @compiled
@@ -153,18 +160,17 @@ def _sum_block(panels, size, height, tiles, steps, offsets, w, like, groups, fir
     length, most = w.shape[1] // like.itemsize, w.shape[0] - 1
     weights, scales = pointer_as(w, like), pointer_as(groups, NO_SCALES)
     for i in range(len(sums)):
-        start = -offsets[i] if i < len(offsets) else 0
-        for j in range(WIDTH):
-            sums[i, j] = start
-    alone = 1 if panels.itemsize == 4 else COLUMNS  # what reads memory fastest for one row
-    group = WIDTH if tiles > 1 else alone if height == 1 else COLUMNS
+        sums[i, :] = -offsets[i] if i < len(offsets) else 0
+    width = sums.shape[1]
+    columns = 1 if height == 1 else COLUMNS  # one row reads memory fastest one column at a time
+    group = width if tiles > 1 else columns
     chunk = CHUNK // (size // (steps * height) * panels.itemsize)
-    for left in range(0, min(WIDTH, most + 1 - first), group):
+    for left in range(0, min(width, most + 1 - first), group):
         for begin in range(0, steps, chunk):
             end = min(begin + chunk, steps)
             for tile in range(tiles):
                 x = pointer(panels, tile * size)
-                for j in range(left, min(left + group, most + 1 - first), min(group, COLUMNS)):
+                for j in range(left, min(left + group, most + 1 - first), columns):
                     at, place = first + j, pointer(sums, tile * height * WIDTH + j)
                     if height == TALL:
                         add_tile(
@@ -176,12 +182,7 @@ def _sum_block(panels, size, height, tiles, steps, offsets, w, like, groups, fir
                             x, weights, length, length, scales, at, most, begin, end, place,
                             MIDDLE, COLUMNS,
                         )  # fmt: skip
-                    elif alone == 1:
+                    else:
                         add_tile(
                             x, weights, length, length, scales, at, most, begin, end, place, 1, 1
                         )
-                    else:
-                        add_tile(
-                            x, weights, length, length, scales, at, most, begin, end, place,
-                            1, COLUMNS,
-                        )  # fmt: skip

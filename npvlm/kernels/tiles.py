@@ -64,7 +64,6 @@ class Kind:
     load_inputs: Callable[[Builder, Value], Any]
     load_weights: Callable[[Builder, Value, Value], Any]  # at an address; its group scales at one
     add_products: Callable[[Builder, Value, Any, Any], Value]  # to sums: inputs, weights
-    prefetches: bool = False  # whether one row alone is faster where memory is asked for ahead
 
 
 def kind_of(inputs: Any, weights: Any) -> Kind:
@@ -84,7 +83,6 @@ def kind_of(inputs: Any, weights: Any) -> Kind:
             load_inputs=lambda b, p: [load(b, q, FLOATS) for q in _parts(b, p, parts)],
             load_weights=lambda b, p, _: [widen(b, q) for q in _parts(b, p, parts)],
             add_products=_add_float32_products,
-            prefetches=True,
         )
     if inputs == types.uint16:
         return Kind(
@@ -111,7 +109,6 @@ def kind_of(inputs: Any, weights: Any) -> Kind:
         load_inputs=_load_int4_inputs,
         load_weights=_load_int4_weights,
         add_products=lambda b, sums, x, w: _add_int4_products(b, target, sums, x, w),
-        prefetches=True,
     )
 
 
@@ -199,7 +196,7 @@ def add_tile(
             columns = []
             for row, own in zip(weights, gains, strict=True):
                 address = b.gep(row, [at])
-                if height == 1 and kind.prefetches:
+                if height == 1:
                     prefetch(b, address, AHEAD)
                 columns.append(kind.load_weights(b, address, b.gep(own, [gain])))
             packed = b.gep(x, [b.mul(step, I64(height * kind.inputs))])
