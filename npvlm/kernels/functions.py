@@ -16,11 +16,12 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from npvlm.kernels import vectors
 from npvlm.kernels.compiling import compiled
 from npvlm.kernels.vectors import Builder, Value
 
 # Adding 1.5 * 2**23 (in float64 2**52) rounds to a whole number, which then fills the low bits.
-ROUND, ROUND_64 = np.float32(1.5 * 2**23), 1.5 * 2**52
+ROUND, ROUND_64 = np.float32(vectors.ROUND), 1.5 * 2**52
 ROUND_BITS, ROUND_BITS_64 = 0x4B400000, 0x4338000000000000
 
 # What is taken off n times comes as its nearest float and the rest of it.

@@ -12,12 +12,21 @@ from numba import prange
 from numpy.typing import NDArray
 
 from npvlm.kernels.compiling import compiled, parallel
-from npvlm.kernels.functions import ROUND, from_bits
+from npvlm.kernels.functions import from_bits
 from npvlm.kernels.tiles import INT4_BYTES, MIDDLE, TALL, float32_inputs
-from npvlm.kernels.vectors import LANES, pointer, rotate_lanes, rotate_pair
+from npvlm.kernels.vectors import (
+    LANES,
+    copy_lanes,
+    narrow_lanes,
+    pointer,
+    rotate_lanes,
+    rotate_pair,
+    round_lanes,
+    sum_bytes,
+)
 from npvlm.model.weights import LEAST, Array, BFloat16, BFloat16Product, Int4, Int8, Weight
 
-MOST, WHOLE, SMALLEST = np.float32(127), np.float32(128), np.float32(LEAST)
+MOST, SMALLEST = np.float32(127), np.float32(LEAST)
 NOTHING = np.empty(0, np.float32)
 
 
@@ -97,14 +106,17 @@ def _pack_float32(x, height, steps, width, panels):
 def _pack_float32_tile(x, tile, height, steps, width, panels):
     T, I = x.shape
     size = height * steps * width
-    panel = panels[tile * size : (tile + 1) * size].reshape(steps, height, width)
+    panel = panels[tile * size : (tile + 1) * size]
     for i in range(height):
-        row = tile * height + i
         for step in range(steps):
+            to = (step * height + i) * width
             at = min(step * width, I - width)
-            for j in range(width):
-                counted = at + j < step * width
-                panel[step, i, j] = 0 if counted or row >= T else x[row, at + j]
+            if tile * height + i < T:
+                for lane in range(0, width, LANES):
+                    copy_lanes(
+                        pointer(x, (tile * height + i) * I + at + lane), pointer(panel, to + lane)
+                    )
+            _clear(panel, to, width if tile * height + i >= T else step * width - at)
 
 
 @parallel
@@ -119,23 +131,27 @@ def _pack_bfloat16(x, height, steps, panels):
 
 @compiled
 def _pack_bfloat16_tile(x, tile, height, steps, panels):
-    """Round to the nearest bfloat16, ties to even bits; a nan stays one."""
     T, I = x.shape
-    values = x.view(np.uint32)
     width = 2 * LANES
     size = height * steps * width
-    panel = panels[tile * size : (tile + 1) * size].reshape(steps, height, width)
+    panel = panels[tile * size : (tile + 1) * size]
     for i in range(height):
-        row = tile * height + i
         for step in range(steps):
+            to = (step * height + i) * width
             at = min(step * width, I - width)
-            for lane in range(width):
-                counted = at + lane < step * width
-                n = np.uint32(0) if counted or row >= T else values[row, at + lane]
-                upper = n >> np.uint32(16)
-                nan = n & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000)
-                rounded = (n + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
-                panel[step, i, lane] = upper | np.uint32(0x40) if nan else rounded
+            if tile * height + i < T:
+                for lane in range(0, width, LANES):
+                    narrow_lanes(
+                        pointer(x, (tile * height + i) * I + at + lane), pointer(panel, to + lane)
+                    )
+            _clear(panel, to, width if tile * height + i >= T else step * width - at)
+
+
+@compiled
+def _clear(panel, start, count):
+    """Write zeros: for rows there are none of, and where a last step meets what was counted."""
+    for j in range(start, start + count):
+        panel[j] = 0
 
 
 @parallel
@@ -160,69 +176,60 @@ def _pack_integers_tile(x, tile, height, block, steps, panels, scales, offsets):
     inputs, elements = (4 * LANES, 4 * LANES) if eight else (8 * LANES, INT4_BYTES)
     size = height * steps * elements
     panel = panels[tile * size : (tile + 1) * size]
-    panel[:] = 0
-    row = np.empty(steps * inputs, np.float32)
+    row = np.zeros(steps * inputs, np.float32)
     bits = row.view(np.int32)
-    for i in range(min(height, T - tile * height)):
+    for i in range(height):
         t = tile * height + i
-        row[:I] = x[t]
-        row[I:] = 0
+        if t >= T:
+            for step in range(steps):
+                _clear(panel, (step * height + i) * elements, elements)
+            continue
+        for j in range(I):
+            row[j] = x[t, j]
+        _clear(row, I, len(row) - I)
         rotate_row(row, block)
-        most = np.int32(
-            0
-        )  # as integers, floats without their sign have the same order; nan is last
+        most = np.int32(0)
+        # As integers, floats without their sign have the same order; nan is last.
         for j in range(len(bits)):
             most = max(most, bits[j] & np.int32(0x7FFFFFFF))
         largest = from_bits(np.int32(most))
         scales[t] = largest / MOST
-        usable = SMALLEST <= largest < np.inf
-        gain = MOST / largest if usable else np.float32(0)
-        total = 0
+        gain = MOST / largest if SMALLEST <= largest < np.inf else np.float32(0)
+        sums = np.zeros(LANES, np.int32)
         for step in range(steps):
-            here = row[step * inputs : (step + 1) * inputs]
-            packed = panel[(step * height + i) * elements : (step * height + i + 1) * elements]
+            to = (step * height + i) * elements
             if eight:
-                total += _pack_step(here, gain, packed)
+                _pack_step(row, step * inputs, gain, panel, to, sums)
             else:
-                _pack_groups(here, gain, packed)
+                _pack_groups(row, step * inputs, gain, panel, to)
         if eight:
-            offsets[t] = 128 * total
+            offsets[t] = 128 * sums.sum()
 
 
 @compiled
-def _pack_step(row, gain, packed):
-    """64 inputs of Int8; returns their sum."""
-    total = np.int32(0)
-    for j in range(4 * LANES):
-        value = nearest(row[j] * gain)
-        total += value
-        packed[j] = value
-    return total
+def _pack_step(row, start, gain, panel, to, sums):
+    """64 inputs of Int8, which are added to sums."""
+    for j in range(0, 4 * LANES, LANES):
+        round_lanes(pointer(row, start + j), gain, pointer(panel, to + j))
+    sum_bytes(pointer(panel, to), pointer(sums, 0))
 
 
 @compiled
-def _pack_groups(row, gain, packed):
+def _pack_groups(row, start, gain, panel, to):
     """128 inputs of Int4: the first halves of four groups, their second halves, and lane starts.
 
     Weights are stored with 8 added; what that makes a lane too large is where it starts below zero.
     """
+    starts = panel[to + 8 * LANES : to + INT4_BYTES].view(np.int32)
+    _clear(starts, 0, LANES)
     for half in range(2):
+        place = to + half * 4 * LANES
         for group in range(4):
-            for j in range(LANES):
-                value = nearest(row[group * 32 + half * 16 + j] * gain)
-                packed[half * 64 + group * 16 + j] = value
-    starts = packed[128:].view(np.int32)
+            source = pointer(row, start + (2 * group + half) * LANES)
+            round_lanes(source, gain, pointer(panel, place + group * LANES))
+        sum_bytes(pointer(panel, place), pointer(starts, 0))
     for lane in range(LANES):
-        total = np.int32(0)
-        for j in range(4):
-            total += np.int32(packed[lane * 4 + j]) + np.int32(packed[64 + lane * 4 + j])
-        starts[lane] = -8 * total
-
-
-@compiled
-def nearest(x):
-    """Round to the nearest whole number, ties to even; zero for what is no number."""
-    return np.int32((x + ROUND) - ROUND) if abs(x) < WHOLE else np.int32(0)
+        starts[lane] *= -8
 
 
 @compiled

@@ -13,7 +13,8 @@ from numba import prange
 from npvlm.kernels.compiling import compiled, kept, parallel
 from npvlm.kernels.functions import ROUND, from_bits
 from npvlm.kernels.functions import bits as bits_of
-from npvlm.kernels.inputs import nearest, rotate_row
+from npvlm.kernels.inputs import rotate_row
+from npvlm.kernels.vectors import LANES, pointer, round_lanes
 from npvlm.model.weights import (
     GROUP,
     LEAST,
@@ -83,8 +84,8 @@ with kept():
             largest = _largest(row)
             gain = MOST / largest if SMALLEST <= largest < np.inf else np.float32(0)
             scales[r] = largest / MOST
-            for j in range(len(row)):
-                values[r, j] = nearest(row[j] * gain)
+            for j in range(0, len(row), LANES):
+                round_lanes(pointer(row, j), gain, pointer(values[r], j))
 
     @parallel
     def _pack_int4(bits, shift, block, nibbles, scales):

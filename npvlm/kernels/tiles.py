@@ -22,7 +22,6 @@ from npvlm.kernels.vectors import (
     FLOATS,
     HALVES,
     I16,
-    I32,
     I64,
     INTS,
     LANES,
@@ -38,6 +37,7 @@ from npvlm.kernels.vectors import (
     pair_products,
     prefetch,
     splat,
+    spread,
     store,
     upper_halves,
 )
@@ -137,8 +137,8 @@ def _load_int4_weights(b: Builder, address: Value, scales: Value) -> tuple[Value
     """128 weights + 8, the first and second halves of four groups, and the scale of each lane."""
     nibbles = load(b, address, BYTES)
     four = upper_halves(b, load(b, scales, ir.VectorType(I16, 4)))
-    spread = lanes(b, four, four, [lane // 4 for lane in range(LANES)])
-    return b.and_(nibbles, splat(BYTES, 15)), b.lshr(nibbles, splat(BYTES, 4)), spread
+    scale = lanes(b, four, four, [lane // 4 for lane in range(LANES)])
+    return b.and_(nibbles, splat(BYTES, 15)), b.lshr(nibbles, splat(BYTES, 4)), scale
 
 
 def _add_int4_products(b: Builder, target: frozenset[str], sums: Value, x: Any, w: Any) -> Value:
@@ -254,11 +254,10 @@ def mix_tile(
             values = [load(b, b.gep(row, [start]), FLOATS) for start in starts]
             for i in range(height):
                 weight = b.load(b.gep(weights, [b.add(step, I64(i * WIDTH))]))
-                first = b.insert_element(ir.Constant(FLOATS, ir.Undefined), weight, I32(0))
-                spread = lanes(b, first, first, [0] * LANES)
+                weight = spread(b, weight)
                 for j in range(width):
                     slot = accumulators[i * width + j]
-                    b.store(fma(b, spread, values[j], b.load(slot)), slot)
+                    b.store(fma(b, weight, values[j], b.load(slot)), slot)
         for slot, place in zip(accumulators, places, strict=True):
             store(b, b.fadd(load(b, place, FLOATS), b.load(slot)), place)
         return context.get_dummy_value()

@@ -23,6 +23,9 @@ FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 WORDS, HALVES = ir.VectorType(I16, LANES), ir.VectorType(F16, LANES)
 BYTES = ir.VectorType(I8, 4 * LANES)
 
+ROUND = 1.5 * 2**23  # adding it to a smaller float32 rounds that to a whole number
+MOST_BYTE = 128  # what no signed byte reaches
+
 # llvmlite has no types to check against.
 Value = Any
 Builder = Any
@@ -86,6 +89,69 @@ def rotate_pair(typing: Any, first: Any, second: Any) -> Any:
     return types.void(first, second), codegen
 
 
+@intrinsic
+def copy_lanes(typing: Any, source: Any, to: Any) -> Any:
+    """Sixteen float32 to another place."""
+
+    def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
+        store(b, load(b, args[0], FLOATS), args[1])
+        return context.get_dummy_value()
+
+    return types.void(source, to), codegen
+
+
+@intrinsic
+def narrow_lanes(typing: Any, source: Any, to: Any) -> Any:
+    """Sixteen float32 as the bits of the nearest bfloat16, ties to even bits; a nan stays one."""
+
+    def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
+        n = load(b, args[0], INTS)
+        upper = b.lshr(n, splat(INTS, 16))
+        tie = b.add(b.and_(upper, splat(INTS, 1)), splat(INTS, 0x7FFF))
+        rounded = b.lshr(b.add(n, tie), splat(INTS, 16))
+        size = b.and_(n, splat(INTS, 0x7FFFFFFF))
+        nan = b.icmp_unsigned(">", size, splat(INTS, 0x7F800000))
+        value = b.select(nan, b.or_(upper, splat(INTS, 0x40)), rounded)
+        store(b, b.trunc(value, WORDS), args[1])
+        return context.get_dummy_value()
+
+    return types.void(source, to), codegen
+
+
+@intrinsic
+def round_lanes(typing: Any, source: Any, gain: Any, to: Any) -> Any:
+    """Sixteen float32 times a gain as whole numbers in bytes, ties to even.
+
+    Zero for what is no number and for what no byte holds.
+    """
+
+    def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
+        x = b.fmul(load(b, args[0], FLOATS), spread(b, args[1]))
+        whole = b.fsub(b.fadd(x, splat(FLOATS, ROUND)), splat(FLOATS, ROUND))
+        above = b.fcmp_ordered(">", x, splat(FLOATS, -MOST_BYTE))
+        below = b.fcmp_ordered("<", x, splat(FLOATS, MOST_BYTE))
+        held = b.select(b.and_(above, below), whole, splat(FLOATS, 0.0))
+        numbers = b.fptosi(held, INTS)
+        store(b, b.trunc(numbers, ir.VectorType(I8, LANES)), args[2])
+        return context.get_dummy_value()
+
+    return types.void(source, types.float32, to), codegen
+
+
+@intrinsic
+def sum_bytes(typing: Any, source: Any, sums: Any) -> Any:
+    """Add 64 signed bytes to sixteen int32, four to each."""
+
+    def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
+        source, sums = args
+        total = load(b, sums, INTS)
+        total = byte_products(b, features(), total, splat(BYTES, 1), load(b, source, BYTES))
+        store(b, total, sums)
+        return context.get_dummy_value()
+
+    return types.void(source, sums), codegen
+
+
 def load(b: Builder, address: Value, kind: ir.VectorType) -> Value:
     """A vector from any address, aligned or not."""
     return b.load(b.bitcast(address, kind.as_pointer()), align=1)
@@ -107,6 +173,12 @@ def store(b: Builder, value: Value, address: Value) -> None:
 def splat(kind: ir.VectorType, number: float) -> ir.Constant:
     """A vector of one number."""
     return ir.Constant(kind, [number] * kind.count)
+
+
+def spread(b: Builder, number: Value) -> Value:
+    """A vector of one float32 that is known when the kernel runs."""
+    first = b.insert_element(ir.Constant(FLOATS, ir.Undefined), number, I32(0))
+    return lanes(b, first, first, [0] * LANES)
 
 
 def lanes(b: Builder, first: Value, second: Value, order: list[int]) -> Value:
