@@ -35,7 +35,7 @@ from npvlm.work import limits, synthetic
 from npvlm.work.bench import Plan, Report, bench, bench_synthetic
 from npvlm.work.limits import LinearClock, stored_bytes
 from npvlm.work.memory import Memory, PeakMemory, memory_now
-from npvlm.work.peers.gguf import KINDS, gguf_bytes, write_gguf
+from npvlm.work.peers.gguf import KINDS, Q6_K, Q8_0, gguf_bytes, write_gguf
 from npvlm.work.peers.process import Round, worker
 from npvlm.work.peers.start import Peer
 from npvlm.work.rounds import open_model, random_inputs, run_round, write
@@ -377,10 +377,14 @@ def test_transformers_says_the_same_first_tokens(tiny: Path, quick: None) -> Non
 
 @pytest.mark.parametrize("family", ["paligemma", "paligemma2"])
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("width", [96, 256])
 def test_the_file_for_llama_cpp_has_every_tensor_where_its_header_says(
-    tmp_path: Path, family: str, precision: str
+    tmp_path: Path, family: str, precision: str, width: int
 ) -> None:
-    config, kind = parse_config(tiny_values(family)).text_config, KINDS[precision]
+    values, kind = tiny_values(family), KINDS[precision]
+    sizes = {"text_config": values["text_config"] | {"hidden_size": width}}
+    config = parse_config(values | sizes | {"projection_dim": width}).text_config
+    table = kind if precision != "int4" else Q6_K if width == 256 else Q8_0
     write_gguf(tmp_path / "x.gguf", config, kind)
     data = (tmp_path / "x.gguf").read_bytes()
     at = 0
@@ -409,13 +413,14 @@ def test_the_file_for_llama_cpp_has_every_tensor_where_its_header_says(
 
     end = total = 0
     for _ in range(tensors):
-        _, axes = text(), take("I")
+        name, axes = text(), take("I")
         shape = take(f"{axes}Q")
         number, offset = take("I"), take("Q")
         assert offset == end
         count = math.prod(shape) if axes > 1 else shape
-        assert number == (kind.number if axes > 1 else 0)
-        size = count // kind.weights * kind.bytes if axes > 1 else 4 * count
+        own = table if name == "token_embd.weight" else kind
+        assert number == (own.number if axes > 1 else 0)
+        size = count // own.weights * own.bytes if axes > 1 else 4 * count
         total += size
         end += -(-size // 32) * 32
     assert -(-at // 32) * 32 + end == len(data)
@@ -426,7 +431,7 @@ def test_widths_that_fill_no_blocks_are_refused(tmp_path: Path) -> None:
     values = tiny_values()
     text = values["text_config"] | {"hidden_size": 90}
     config = parse_config(values | {"text_config": text, "projection_dim": 90}).text_config
-    with pytest.raises(UsageError, match=r"Q4_0 of llama\.cpp takes 32 weights at a time"):
+    with pytest.raises(UsageError, match=r"Q8_0 of llama\.cpp takes 32 weights at a time"):
         write_gguf(tmp_path / "x.gguf", config, KINDS["int4"])
 
 
