@@ -332,7 +332,7 @@ class Model:
                 pictures=pictures,
                 prompt=prompt,
                 ids=self._layout(prompt, len(pictures), max_tokens),
-                chooser=Chooser(sampling, seed),
+                chooser=Chooser(sampling, seed, ops=self.ops),
                 text=TextStream(self.tokenizer),
             )
             sequences.append(sequence)

@@ -26,7 +26,7 @@ def features_of(pixels, weights, config, ops, tap=closed):
 
 def answer(prompts, features, weights, config, ops, max_tokens=8, sampling=GREEDY):
     """The ids and log-probabilities of packed sequences."""
-    choosers = [Chooser(sampling, 5) for _ in prompts]
+    choosers = [Chooser(sampling, 5, ops=ops) for _ in prompts]
     ids: list[list[int]] = [[] for _ in prompts]
     sure: list[list[float]] = [[] for _ in prompts]
     steps = generate(prompts, features, weights, config, choosers, max_tokens, ops=ops, tap=closed)

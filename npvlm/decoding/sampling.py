@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 import secrets
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from npvlm.errors import UsageError
-from npvlm.model.ops import log_softmax
 from npvlm.model.weights import Array
 
 
@@ -45,25 +44,25 @@ class Sampling:
             return self.top_k is None and self.top_p is None
         return self.temperature == 0
 
-    def probabilities(self, logits: Array) -> NDArray[np.float64]:
+    def probabilities(self, logits: Array, *, ops: ModuleType) -> Array:
         """The distribution that is drawn from: temperature, then top-k, then top-p.
 
-        logits [V] -> [V]
+        logits [V] -> [V], in their dtype
         Source: transformers' logits processors, in their order. Which of several equal logits
         top-p drops is left open there; here it is the first ones.
         """
-        scores = logits.astype(np.float64) - np.max(logits)
+        scores = logits - np.max(logits)
         if self.temperature is not None:
             with np.errstate(over="ignore"):  # a tiny temperature leaves the largest alone
-                scores /= self.temperature
+                scores = (scores.astype(np.float64) / self.temperature).astype(logits.dtype)
         if self.top_k is not None and self.top_k < len(scores):
             scores[scores < np.partition(scores, -self.top_k)[-self.top_k]] = -np.inf
         if self.top_p is not None and self.top_p < 1:
             order = np.argsort(scores, kind="stable")  # unlikely first
-            reached = np.cumsum(np.exp(log_softmax(scores))[order])
+            reached = np.cumsum(ops.softmax(scores)[order], dtype=np.float64)
             unlikely = order[reached <= 1 - self.top_p]
             scores[np.setdiff1d(unlikely, order[-1:])] = -np.inf
-        return np.exp(log_softmax(scores))
+        return ops.softmax(scores)
 
 
 class Chooser:
@@ -72,8 +71,8 @@ class Chooser:
     One number is drawn per token, so an answer depends on its seed and never on what else runs.
     """
 
-    def __init__(self, sampling: Sampling, seed: int | None) -> None:
-        self._sampling = sampling
+    def __init__(self, sampling: Sampling, seed: int | None, *, ops: ModuleType) -> None:
+        self._sampling, self._ops = sampling, ops
         self._random = np.random.default_rng(seed)
 
     def __call__(self, logits: Array) -> int:
@@ -83,7 +82,8 @@ class Chooser:
         """
         if self._sampling.greedy:
             return int(np.argmax(logits))
-        reached = np.cumsum(self._sampling.probabilities(logits))
+        weights = self._sampling.probabilities(logits, ops=self._ops)
+        reached = np.cumsum(weights, dtype=np.float64)
         drawn = self._random.random() * reached[-1]
         return int(np.searchsorted(reached, drawn, side="right"))
 
