@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "answers": {"model", "decoding"},
     "api": {"errors", "config", "model", "kernels", "files", "decoding"},
     "work": {"errors", "config", "model", "kernels", "files", "decoding", "answers", "api"},
-    "cli": {"errors", "config", "kernels", "decoding", "api", "work", ""},
+    "porting": {"errors", "config", "model", "kernels", "files", "decoding", "api", ""},
+    "cli": {"errors", "config", "kernels", "decoding", "api", "work", "porting", ""},
     "__main__": {"cli"},
     "": {"errors", "api"},
 }
@@ -39,6 +40,7 @@ LIBRARIES = {
     "answers": {"numpy", "PIL"},
     "api": {"numpy", "PIL"},
     "work": {"numpy", "PIL"},
+    "porting": {"numpy", "PIL", "safetensors"},
     "cli": {"click"},
     "__main__": set(),
     "": set(),

@@ -15,6 +15,7 @@ from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
 from npvlm.cli.generate import generate
 from npvlm.cli.interruption import Terminated, listen
+from npvlm.cli.trace import trace
 from npvlm.errors import NpvlmError
 
 EXIT_CODES = """\b
@@ -32,6 +33,7 @@ def npvlm() -> None:
     npvlm generate photo.jpg --prompt "caption en" --model FOLDER
     npvlm convert FOLDER SMALLER --precision int8
     npvlm bench --synthetic paligemma-3b-224       how fast is this machine?
+    npvlm trace photo.jpg --prompt "caption en"    every stage from picture to token
     """
 
 
@@ -39,6 +41,7 @@ npvlm.add_command(bench)
 npvlm.add_command(convert)
 npvlm.add_command(demo)
 npvlm.add_command(generate)
+npvlm.add_command(trace)
 
 
 def main() -> NoReturn:

@@ -14,9 +14,7 @@ from npvlm.errors import NpvlmError, UsageError
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG: first beside its place under another name, then moved there in one step.
-
-    A link is followed to the file that it names.
+    """Write a PNG, whole or not at all.
 
     Raises
     ------
@@ -27,14 +25,29 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise UsageError(f"{path} is no name for the picture, expected one that ends in .png.")
-    path = path.resolve()
+    with new_file(path) as draft:
+        picture.save(draft, "PNG")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write that takes its place once the block has ended without an error.
+
+    Until then it lies beside its place under another name. A link is followed to what it names.
+
+    Raises
+    ------
+    NpvlmError
+        Where it cannot be written; nothing is left behind then.
+    """
+    path = path.expanduser().resolve()
     if path.exists() and not path.is_file():
-        raise NpvlmError(f"{path} is no regular file, expected a place for a PNG.")
+        raise NpvlmError(f"{path} is no regular file, expected a place for one.")
     draft = None
     try:
         handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, "PNG")
+        os.close(handle)
+        yield Path(draft)
         Path(draft).chmod(0o666 & ~_umask())
         Path(draft).replace(path)
         draft = None

@@ -113,9 +113,6 @@ def to_rgb(picture: Image.Image, said: str = "the picture") -> Image.Image:
 def pixel_values(picture: Image.Image, preprocessor: Preprocessor) -> NDArray[np.float32]:
     """Resize a picture to the square that the tower reads and scale its colours around zero.
 
-    The aspect ratio is not kept. The order of the roundings is transformers': resized in 8 bits,
-    rescaled in float64, then everything in float32.
-
     Parameters
     ----------
     picture : PIL image of mode RGB
@@ -126,9 +123,27 @@ def pixel_values(picture: Image.Image, preprocessor: Preprocessor) -> NDArray[np
     -------
     float32 [3, R, R]
     """
+    return scale_colours(resize(picture, preprocessor), preprocessor)
+
+
+def resize(picture: Image.Image, preprocessor: Preprocessor) -> NDArray[np.uint8]:
+    """Squeeze a picture to the square that the tower reads; its aspect ratio is not kept.
+
+    A picture of mode RGB -> [R, R, 3]
+    """
     p = preprocessor
-    resized = picture.resize((p.width, p.height), Image.Resampling(p.resample))
-    scaled = (np.asarray(resized).astype(np.float64) * p.rescale_factor).astype(np.float32)
+    return np.asarray(picture.resize((p.width, p.height), Image.Resampling(p.resample)))
+
+
+def scale_colours(resized: NDArray[np.uint8], preprocessor: Preprocessor) -> NDArray[np.float32]:
+    """Scale 8-bit colours around zero, channels first.
+
+    The order of the roundings is transformers': rescaled in float64, then everything in float32.
+
+    resized [R, R, 3] -> [3, R, R]
+    """
+    p = preprocessor
+    scaled = (resized.astype(np.float64) * p.rescale_factor).astype(np.float32)
     mean, std = np.array(p.image_mean, np.float32), np.array(p.image_std, np.float32)
     return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
 

@@ -57,7 +57,7 @@ def hidden_states(
         last = i == config.num_hidden_layers - 1
         asked = wanted if last and len(wanted) < len(x) else slice(None)
         x = layer(x, inner, config, cache[i], seen, asked, ops=ops, tap=within(tap, name))
-        tap(name, x)
+        x = tap(name, x)
     return tap("norm", ops.rms_norm(x, w["model.norm.weight"], config.rms_norm_eps))
 
 
@@ -94,7 +94,7 @@ def layer(
         ops=ops,
         tap=within(tap, "self_attn"),
     )
-    tap("self_attn", attention)
+    attention = tap("self_attn", attention)
     x = x[wanted]
 
     if config.model_type == "gemma":

@@ -1,7 +1,7 @@
 """PaliGemma: pictures become tokens in front of a prompt, and Gemma goes on from there.
 
 Axis letters: N pictures · P patches of a picture · T tokens in this call · D hidden_size of the
-decoder · V vocabulary · R picture side.
+decoder · I hidden_size of the tower · V vocabulary · R picture side.
 """
 
 from __future__ import annotations
@@ -32,9 +32,16 @@ def image_features(
         pixel_values, w.scope(tower), config.vision_config, ops=ops, tap=within(tap, tower)
     )
     N, P, D = patches.shape
+    return project(patches.reshape(N * P, D), w, ops=ops, tap=tap).reshape(N, P, -1)
+
+
+def project(patches: Array, w: Weights, *, ops: ModuleType, tap: Tap) -> Array:
+    """Bring what the tower saw to the decoder's width: one linear layer.
+
+    patches [T, I] -> [T, D]
+    """
     linear = w.scope("multi_modal_projector.linear")
-    features = ops.linear(patches.reshape(N * P, D), linear["weight"], linear["bias"])
-    return tap("multi_modal_projector", features).reshape(N, P, -1)
+    return tap("multi_modal_projector", ops.linear(patches, linear["weight"], linear["bias"]))
 
 
 def embed(

@@ -26,11 +26,7 @@ def patch_features(
     pixel_values [N, 3, R, R] -> [N, P, D]
     Source: SigLIP, arXiv 2303.15343; the So400m shape, arXiv 2305.13035.
     """
-    e = w.scope("embeddings")
-    x = ops.patch_embed(pixel_values, e["patch_embedding.weight"], e["patch_embedding.bias"])
-    tap("embeddings.patch_embedding", x)
-    x = tap("embeddings", x + unpack(e["position_embedding.weight"], x.dtype))  # [N, P, D]
-
+    x = embed(pixel_values, w, ops=ops, tap=tap)
     N, P, D = x.shape
     x = x.reshape(N * P, D)
     first = np.repeat(np.arange(N) * P, P)
@@ -38,11 +34,22 @@ def patch_features(
     for i in range(config.num_hidden_layers):
         name = f"encoder.layers.{i}"
         x = layer(x, w.scope(name), config, first, last, ops=ops, tap=within(tap, name))
-        tap(name, x)
+        x = tap(name, x)
 
     norm = w.scope("post_layernorm")
     x = ops.layer_norm(x, norm["weight"], norm["bias"], config.layer_norm_eps)
     return tap("post_layernorm", x).reshape(N, P, D)
+
+
+def embed(pixel_values: Array, w: Weights, *, ops: ModuleType, tap: Tap) -> Array:
+    """Turn each square of a picture into a vector and add what was learned about its place.
+
+    pixel_values [N, 3, R, R] -> [N, P, D]
+    """
+    e = w.scope("embeddings")
+    x = ops.patch_embed(pixel_values, e["patch_embedding.weight"], e["patch_embedding.bias"])
+    x = tap("embeddings.patch_embedding", x)
+    return tap("embeddings", x + unpack(e["position_embedding.weight"], x.dtype))
 
 
 def layer(

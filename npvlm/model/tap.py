@@ -1,4 +1,8 @@
-"""Listening in: a tap sees every named tensor of a run and hands it on."""
+"""Listening in: a tap sees every named tensor of a run and hands it on, or another in its place.
+
+What a tap returns is what the run goes on with. That makes one mechanism of three: recording, what
+rounding would do at every stage, and trying a layer on somebody else's numbers.
+"""
 
 from __future__ import annotations
 

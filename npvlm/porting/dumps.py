@@ -1,0 +1,298 @@
+"""Dumps on disk: the stages of a run, ours with a manifest, a port's in whatever form it has.
+
+Ours come in three forms with the same manifest: a safetensors file with X.json beside it; raw
+numbers, X.bin with X.json beside it; a folder of .npy files with manifest.json in it. A compact
+one is the manifest alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from npvlm.config import read_json
+from npvlm.errors import NpvlmError, UsageError
+from npvlm.files.output import new_file, new_folder
+from npvlm.model.weights import Array
+from npvlm.porting.stages import SCHEMA
+from npvlm.porting.statistics import describe
+from npvlm.porting.trace import Trace
+
+MANIFEST = "manifest.json"
+# How each type is called in safetensors and in manifests, and read as bytes: little-endian.
+TYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+    "BOOL": "?",
+}
+NAMES = {np.dtype(kind): name for name, kind in TYPES.items() if name != "BF16"}
+
+
+@dataclass(frozen=True, eq=False)
+class Dump:
+    """The named arrays of a run, read when asked for, and what a manifest says of them.
+
+    path : where it came from
+    dtypes : of each array, as safetensors calls it ("BF16" for one that is read as float32)
+    read : gives the array of a name
+    manifest : of a trace that npvlm wrote, else None
+    """
+
+    path: Path
+    dtypes: Mapping[str, str]
+    read: Callable[[str], Array]
+    manifest: dict[str, Any] | None
+
+    def described(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of each stage, by name."""
+        if self.manifest is None:
+            return {}
+        return {entry["name"]: entry for entry in self.manifest["stages"]}
+
+
+def manifest(trace: Trace, floors: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """What is written beside the arrays: the run as a whole, then each stage."""
+    stages = [
+        {"name": name, **describe(value), "source": trace.sources[name]}
+        | ({"floors": dict(floors[name])} if name in floors else {})
+        for name, value in trace.stages.items()
+    ]
+    return {**trace.facts, "stages": stages}
+
+
+def save_trace(
+    trace: Trace, path: Path, floors: Mapping[str, Mapping[str, float]], *, compact: bool = False
+) -> None:
+    """Write a trace whole or not at all.
+
+    Parameters
+    ----------
+    trace : Trace
+    path : what it ends in says the form: .safetensors or .bin with a .json beside it; .json for a
+        compact one; anything else is a new folder of .npy files
+    floors : for each stage the error that each precision cannot avoid (`floors.floors`)
+    compact : the manifest alone
+
+    Raises
+    ------
+    UsageError
+        For a form that does not fit, or a folder that is there.
+    NpvlmError
+        Where it cannot be written.
+    """
+    path = path.expanduser()
+    if compact != (path.suffix == ".json"):
+        raise UsageError(
+            f"{path}: a compact trace is one .json, and only that; name such a file with --compact."
+        )
+    notes = manifest(trace, floors)
+    if compact:
+        with new_file(path) as draft:
+            draft.write_text(_json(notes))
+    elif path.suffix in (".safetensors", ".bin"):
+        write = _write_safetensors if path.suffix == ".safetensors" else _write_raw
+        with new_file(path) as draft, new_file(path.with_suffix(".json")) as beside:
+            write(draft, trace.stages, notes)
+            beside.write_text(_json(notes))
+    else:
+        with new_folder(path) as folder:
+            for name, value in trace.stages.items():
+                np.save(folder / f"{name}.npy", np.ascontiguousarray(value))
+            (folder / MANIFEST).write_text(_json(notes))
+
+
+def _json(notes: dict[str, Any]) -> str:
+    """JSON with a line for each stage."""
+    head = {name: value for name, value in notes.items() if name != "stages"}
+    text = json.dumps(head, ensure_ascii=False, indent=1)[:-2]
+    rows = ",\n  ".join(json.dumps(stage, separators=(",", ":")) for stage in notes["stages"])
+    return f'{text},\n "stages": [\n  {rows}\n ]\n}}\n'
+
+
+def _write_safetensors(path: Path, stages: Mapping[str, Array], notes: dict[str, Any]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"npvlm.schema": str(SCHEMA)}}
+    end = 0
+    for name, value in stages.items():
+        start, end = end, end + value.nbytes
+        kind = NAMES[value.dtype]
+        header[name] = {"dtype": kind, "shape": value.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for value in stages.values():
+            file.write(_plain(value).data)
+
+
+def _write_raw(path: Path, stages: Mapping[str, Array], notes: dict[str, Any]) -> None:
+    """Numbers behind one another; the notes say from which byte on each stage's are."""
+    end = 0
+    with path.open("wb") as file:
+        for entry, value in zip(notes["stages"], stages.values(), strict=True):
+            entry["offset"], entry["bytes"] = end, value.nbytes
+            file.write(_plain(value).data)
+            end += value.nbytes
+
+
+def _plain(value: Array) -> Array:
+    """The numbers as they lie in a file: little-endian, C order."""
+    return np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
+
+
+def open_dump(path: Path) -> Dump:
+    """Open a dump in any form: .safetensors, .npz, .bin with .json, .json, or a folder of .npy.
+
+    Raises
+    ------
+    NpvlmError
+        Where it is not there, is damaged, or holds something else than named arrays of numbers.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise NpvlmError(f"{path} is not there, expected a dump: a file or a folder of .npy files.")
+    forms = {".safetensors": _open_safetensors, ".npz": _open_npz, ".bin": _open_raw}
+    if path.suffix == ".json":
+        notes = _read_manifest(path)
+        return Dump(path, {}, _no_array, notes)
+    if path.suffix not in forms:
+        raise NpvlmError(
+            f"{path} is no dump, expected .safetensors, .npz, .bin with its .json, .json, or a "
+            "folder of .npy files."
+        )
+    with _readable(path):
+        return forms[path.suffix](path)
+
+
+def _no_array(name: str) -> Array:
+    raise KeyError(name)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file is one sentence."""
+    try:
+        yield
+    except NpvlmError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise NpvlmError(f"{path} cannot be read ({reason}); write it anew.") from error
+
+
+def _open_safetensors(path: Path) -> Dump:
+    with safe_open(path, framework="np") as file:  # checks the layout
+        names = list(file.keys())
+    data = np.memmap(path, np.uint8, "r")
+    size = int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8 : 8 + size].tobytes())
+    dtypes = {name: str(header[name]["dtype"]) for name in header if name in names}
+    for name, kind in dtypes.items():
+        if kind not in TYPES:
+            raise ValueError(f"{name} is {kind}, expected one of {', '.join(TYPES)}")
+
+    def read(name: str) -> Array:
+        entry = header[name]
+        begin, end = entry["data_offsets"]
+        return _numbers(data[8 + size + begin : 8 + size + end], dtypes[name], entry["shape"])
+
+    beside = path.with_suffix(".json")
+    return Dump(path, dtypes, read, _read_manifest(beside) if beside.is_file() else None)
+
+
+def _open_npz(path: Path) -> Dump:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: _checked(name, file[name]) for name in file.files}
+    return _of_arrays(path, arrays, None)
+
+
+def _open_folder(path: Path) -> Dump:
+    files = {file.stem: file for file in sorted(path.glob("*.npy"))}
+    if not files:
+        raise NpvlmError(f"{path} holds no .npy file, expected one for each stage.")
+    arrays = {}
+    for name, file in files.items():
+        with _readable(file):
+            arrays[name] = _checked(name, np.load(file, mmap_mode="r", allow_pickle=False))
+    notes = path / MANIFEST
+    return _of_arrays(path, arrays, _read_manifest(notes) if notes.is_file() else None)
+
+
+def _open_raw(path: Path) -> Dump:
+    """Raw numbers; the .json has a list "stages" of name, dtype, shape and offset, in bytes."""
+    beside = path.with_suffix(".json")
+    if not beside.is_file():
+        raise NpvlmError(
+            f"{path} has no {beside.name} beside it, expected one that lists the name, dtype, "
+            "shape and offset of each stage."
+        )
+    notes = read_json(beside)
+    data = np.memmap(path, np.uint8, "r")
+    entries = {str(entry["name"]): entry for entry in notes["stages"]}
+    dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
+
+    def read(name: str) -> Array:
+        entry = entries[name]
+        kind = np.dtype(TYPES[dtypes[name]])
+        begin = int(entry["offset"])
+        end = begin + kind.itemsize * math.prod(entry["shape"])
+        if not 0 <= begin <= end <= len(data):
+            raise NpvlmError(
+                f"{path}: {name} ends at byte {end:,}, but the file has {len(data):,}; is the "
+                f"offset or the shape in {beside.name} wrong?"
+            )
+        return _numbers(data[begin:end], dtypes[name], entry["shape"])
+
+    for name, kind in dtypes.items():
+        if kind not in TYPES:
+            raise ValueError(f"{name} is {kind}, expected one of {', '.join(TYPES)}")
+    return Dump(path, dtypes, read, notes if notes.get("schema") == SCHEMA else None)
+
+
+def _of_arrays(path: Path, arrays: dict[str, Array], notes: dict[str, Any] | None) -> Dump:
+    dtypes = {name: NAMES[value.dtype.newbyteorder("<")] for name, value in arrays.items()}
+    return Dump(path, dtypes, lambda name: np.asarray(arrays[name]), notes)
+
+
+def _checked(name: str, value: Array) -> Array:
+    if value.dtype.newbyteorder("<") not in NAMES:
+        raise ValueError(f"{name} is {value.dtype}, expected numbers")
+    return value
+
+
+def _numbers(data: Array, kind: str, shape: list[int]) -> Array:
+    """Bytes as numbers; bfloat16, which NumPy has not, as float32."""
+    values = np.ndarray(tuple(shape), np.dtype(TYPES[kind]), data.tobytes())
+    if kind == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    notes = read_json(path)
+    if notes.get("schema") != SCHEMA or not isinstance(notes.get("stages"), list):
+        raise NpvlmError(
+            f"{path} is no manifest of schema {SCHEMA}, expected one that `npvlm trace --save` "
+            "wrote."
+        )
+    return notes
