@@ -1,5 +1,7 @@
 """Hold npvlm against transformers on random PaliGemma checkpoints: `python golden/check.py`.
 
+The stored goldens are made anew, too, and compared (`check_stored.py`).
+
 Needs golden/requirements.txt. Exit code 0: no difference; 1: differences, each in a line.
 """
 
@@ -22,7 +24,7 @@ import numba
 import numpy as np
 
 import npvlm
-from golden import oracle, ours
+from golden import check_stored, oracle, ours
 from golden.oracle import RECIPES, STEPS, WIDE, Case, Recipe
 from golden.ours import rms
 from npvlm.api import Model
@@ -97,6 +99,8 @@ def main() -> int:
     show_checkpoints(report)
     show_stages(report)
     show_losses(report)
+    if not arguments.wide:
+        report.differences += check_stored.check()
 
     for difference in report.differences:
         print(f"DIFFERENT  {difference}")

@@ -1,13 +1,16 @@
 """Write the stored goldens, which need no torch to be compared with: `python golden/make.py`.
 
 For each of three random checkpoints: the folder itself, what transformers makes of three prompts
-(`NAME.safetensors`), and where it all comes from (`NAME.json`). Needs golden/requirements.txt.
+(`NAME.safetensors`), and where it all comes from (`NAME.json`). For the bundled model the last two,
+for a drawn picture (`shapes-run`). And small cases of every operation (`ops`). Needs
+golden/requirements.txt.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import sys
@@ -21,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from safetensors.numpy import save_file
 
-from golden import oracle
+from golden import op_cases, oracle, shapes
+from golden.op_cases import OpCase
 from golden.oracle import RECIPES, Case, Recipe
 from golden.ours import EVERY, rms
 
 GOLDEN = Path(__file__).resolve().parent
 NAMES = ("pg1", "pg2", "pg2-f16-sharded")
+BUNDLED = GOLDEN.parent / "npvlm" / "bundled" / "shapes"
+BOX = (0, 0, 220, 210)  # of the first held-out picture, halved: no square, and all things are there
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "sentencepiece", "safetensors")
 # What is stored: the output of every layer, of what stands before, between and behind them, and
 # one stage that tells positions, of which all others see differences alone.
@@ -46,41 +52,119 @@ def main() -> None:
     for recipe in RECIPES:
         if recipe.name in NAMES:
             make(recipe)
-    size = sum(path.stat().st_size for name in NAMES for path in files_of(name))
-    print(f"{len(NAMES)} goldens, {size:,} bytes")
+    make_shapes()
+    make_ops()
+    names = (*NAMES, "shapes-run", "ops")
+    size = sum(path.stat().st_size for name in names for path in files_of(name))
+    print(f"{len(names)} goldens, {size:,} bytes")
 
 
 def make(recipe: Recipe) -> None:
-    """Write one golden."""
+    """Write one golden of a random checkpoint, and the checkpoint."""
     folder = GOLDEN / recipe.name
     shutil.rmtree(folder, ignore_errors=True)
     oracle.build_checkpoint(folder, recipe)
     float32 = oracle.load_float32(folder)
     cases = oracle.cases(folder, recipe, float32, oracle.load_float64(float32))
+    write(recipe.name, folder, {"recipe": asdict(recipe)}, cases)
 
+
+def make_shapes() -> None:
+    """Write the golden of the bundled model."""
+    origin = {"picture": f"draw_scene('held out', 1, 0).picture.crop({BOX}).reduce(2)"}
+    write("shapes-run", BUNDLED, origin, shapes_cases())
+
+
+def shapes_cases() -> list[Case]:
+    """What the bundled model says about one drawn picture."""
+    picture = shapes.draw_scene("held out", 1, 0).picture.crop(BOX).reduce(2)
+    float32 = oracle.load_float32(BUNDLED)
+    float64 = oracle.load_float64(float32)
+    return [
+        oracle.ask(BUNDLED, [picture], prompt, float32, float64)
+        for prompt in ("detect red circle", "caption en")
+    ]
+
+
+def write(name: str, folder: Path, origin: dict[str, Any], cases: list[Case]) -> None:
+    """Write what transformers made of a checkpoint, and where it comes from."""
+    save_file(tensors_of(cases), GOLDEN / f"{name}.safetensors")
+    record = {
+        "made_by": "python golden/make.py",
+        **origin,
+        "checkpoint": os.path.relpath(folder, GOLDEN),
+        **surroundings(),
+        "prompts": [describe(case) for case in cases],
+        "sha256": sums([*checkpoint_files(folder), GOLDEN / f"{name}.safetensors"]),
+    }
+    write_json(GOLDEN / f"{name}.json", record)
+
+
+def tensors_of(cases: list[Case]) -> dict[str, np.ndarray]:
+    """What is stored of a checkpoint's prompts, by name."""
     tensors: dict[str, np.ndarray] = {}
     for number, case in enumerate(cases):
         for i, picture in enumerate(case.pictures):
             tensors[f"{number}.picture.{i}"] = np.asarray(picture)
         tensors[f"{number}.pixel_values"] = case.pixels
         tensors[f"{number}.decode"] = decoded(case)
-    tensors |= {f"0.{stage}": cases[0].truth[stage] for stage in stored(cases[0])}
-    save_file(tensors, GOLDEN / f"{recipe.name}.safetensors")
+    return tensors | {f"0.{stage}": cases[0].truth[stage] for stage in stored(cases[0])}
 
+
+def make_ops() -> None:
+    """Write the goldens per operation."""
+    cases = op_cases.op_cases()
+    tensors = {f"{c.op}.{c.name}.{key}": value for c in cases for key, value in parts(c).items()}
+    save_file(tensors, GOLDEN / "ops.safetensors")
+    described: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        described.setdefault(case.op, {})[case.name] = describe_op(case)
     record = {
         "made_by": "python golden/make.py",
-        "recipe": asdict(recipe),
-        "versions": {name: version(name) for name in PACKAGES}
-        | {"python": platform.python_version()},
-        "machine": platform.machine(),
-        "prompts": [describe(case) for case in cases],
-        "sha256": {
-            str(path.relative_to(GOLDEN)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in files_of(recipe.name)
-            if path.suffix != ".json" or path.parent == folder
-        },
+        "seed": op_cases.SEED,
+        **surroundings(),
+        "cases": described,
+        "sha256": sums([GOLDEN / "ops.safetensors"]),
     }
-    path = GOLDEN / f"{recipe.name}.json"
+    write_json(GOLDEN / "ops.json", record)
+
+
+def parts(case: OpCase) -> dict[str, np.ndarray]:
+    """What is stored of an operation's case, by name."""
+    found = case.inputs | {"truth": case.truth}
+    return found if case.torchs is None else found | {"torch": case.torchs}
+
+
+def describe_op(case: OpCase) -> dict[str, Any]:
+    """A case in plain numbers, and by how much torch's float32 misses the truth."""
+    shapes = {key: list(value.shape) for key, value in parts(case).items()}
+    described = {"numbers": case.numbers, "shapes": shapes}
+    if case.torchs is None:
+        return described
+    return described | {"torch_float32_error": error(case.torchs, case.truth)}
+
+
+def surroundings() -> dict[str, Any]:
+    """The versions and the kind of machine that made a golden."""
+    versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return {"versions": versions, "machine": platform.machine()}
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint, without what is said about it."""
+    every = [path for kind in ("json", "safetensors", "model") for path in folder.glob(f"*.{kind}")]
+    return [path for path in every if path.name != "PROVENANCE.json"]
+
+
+def sums(paths: list[Path]) -> dict[str, str]:
+    """The sha256 of files, by their path from here."""
+    named = {os.path.relpath(path, GOLDEN): path for path in paths}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(named.items())
+    }
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -102,6 +186,7 @@ def describe(case: Case) -> dict[str, Any]:
         "pictures": len(case.pictures),
         "ids": case.ids,
         "answer": case.answer,
+        "text": case.text,
         "torch_float32_error": errors | {"decode": error(case.scores[::EVERY], decoded(case))},
     }
 

@@ -435,6 +435,7 @@ class Case:
     pixels: np.ndarray  # [N, 3, R, R] float32
     ids: list[int]
     answer: list[int]  # greedy
+    text: str | None  # of the answer
     scores: np.ndarray  # logits of each step through the cache [T, V]
     torchs: Stages  # float32, of one pass over everything
     truth: Stages  # float64
@@ -448,17 +449,28 @@ def cases(
     float64: PaliGemmaForConditionalGeneration,
 ) -> list[Case]:
     """Let transformers answer three prompts: a short one, a long one, one about two pictures."""
-    found = []
     generator = np.random.default_rng(1000 + recipe.seed)
-    for count, prompt in PROMPTS:
-        pictures = [random_picture(generator) for _ in range(count)]
-        pixels = np.stack([pixel_values(folder, picture) for picture in pictures])
-        ids = layout(folder, prompt, count)
-        answer, scores = greedy(float32, pixels, ids, STEPS)
-        torchs = run(float32, pixels, ids, answer)
-        truth, operations = run_float64(float64, pixels, ids, answer)
-        found.append(Case(pictures, prompt, pixels, ids, answer, scores, torchs, truth, operations))
-    return found
+    asked = [
+        ([random_picture(generator) for _ in range(count)], prompt) for count, prompt in PROMPTS
+    ]
+    return [ask(folder, pictures, prompt, float32, float64) for pictures, prompt in asked]
+
+
+def ask(
+    folder: Path,
+    pictures: list[Image.Image],
+    prompt: str,
+    float32: PaliGemmaForConditionalGeneration,
+    float64: PaliGemmaForConditionalGeneration,
+) -> Case:
+    """Let transformers answer one prompt."""
+    pixels = np.stack([pixel_values(folder, picture) for picture in pictures])
+    ids = layout(folder, prompt, len(pictures))
+    answer, scores = greedy(float32, pixels, ids, STEPS)
+    torchs = run(float32, pixels, ids, answer)
+    truth, operations = run_float64(float64, pixels, ids, answer)
+    said = text(folder, answer)
+    return Case(pictures, prompt, pixels, ids, answer, said, scores, torchs, truth, operations)
 
 
 def random_picture(generator: np.random.Generator) -> Image.Image:
@@ -491,6 +503,17 @@ def layout(folder: Path, prompt: str, pictures: int) -> list[int]:
         *vocabulary.encode(prompt),
         vocabulary.piece_to_id("\n"),
     ]
+
+
+def text(folder: Path, answer: list[int]) -> str | None:
+    """An answer in words, up to <eos>; an id behind the vocabulary has none.
+
+    None where bytes make no character: what stands for these is not the same in all decoders.
+    """
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    end = answer.index(vocabulary.eos_id()) if vocabulary.eos_id() in answer else len(answer)
+    words = vocabulary.decode([i for i in answer[:end] if i < len(vocabulary)])
+    return None if "\ufffd" in words else words
 
 
 def _inputs(
