@@ -11,10 +11,13 @@ import click
 
 from npvlm import __version__
 from npvlm.cli.bench import bench
+from npvlm.cli.compare import compare
 from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
 from npvlm.cli.generate import generate
 from npvlm.cli.interruption import Terminated, listen
+from npvlm.cli.kit import kit
+from npvlm.cli.replay import replay
 from npvlm.cli.trace import trace
 from npvlm.errors import NpvlmError
 
@@ -34,13 +37,18 @@ def npvlm() -> None:
     npvlm convert FOLDER SMALLER --precision int8
     npvlm bench --synthetic paligemma-3b-224       how fast is this machine?
     npvlm trace photo.jpg --prompt "caption en"    every stage from picture to token
+    npvlm compare REFERENCE MINE                   where does my own port go wrong?
+    npvlm kit -o FOLDER                            all that checking a port takes
     """
 
 
 npvlm.add_command(bench)
+npvlm.add_command(compare)
 npvlm.add_command(convert)
 npvlm.add_command(demo)
 npvlm.add_command(generate)
+npvlm.add_command(kit)
+npvlm.add_command(replay)
 npvlm.add_command(trace)
 
 

@@ -9,6 +9,7 @@ Axis letters: T tokens · S keys · H query heads · K key/value heads · d widt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
@@ -67,8 +68,11 @@ def floors(trace: Trace, model: Model) -> Floors:
 
 
 def _floor(value: Array, reference: Array) -> float:
+    """The relative error; at most 1, where a precision holds nothing of a stage (float16 can)."""
     size = rms(reference)
-    return float(f"{max(LEAST, rms(value - reference) / size):.3g}") if size else LEAST
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = rms(value - reference) / size if size else 0.0
+    return float(f"{min(max(error, LEAST), 1.0):.3g}") if not math.isnan(error) else 1.0
 
 
 def _again(inputs: Inputs, model: Model, precision: str) -> dict[str, Array]:

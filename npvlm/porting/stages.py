@@ -110,15 +110,31 @@ def stages(config: Config) -> list[Stage]:
 
 def shape_of(stage: Stage, config: Config, size: int) -> tuple[int, ...] | None:
     """The shape of a stage that holds `size` numbers, for a single picture; None if none fits."""
+    sides = _sides(stage, config)
+    known = row_size(stage, config)
+    unknown = [axis for axis in stage.axes if axis not in sides]
+    if len(unknown) > 1 or size % known or (not unknown and size != known):
+        return None
+    return tuple(sides.get(axis, size // known) for axis in stage.axes)
+
+
+def row_size(stage: Stage, config: Config) -> int:
+    """How many numbers a stage holds, of each token where its tokens are not fixed."""
+    sides = _sides(stage, config)
+    return math.prod(sides.get(axis, 1) for axis in stage.axes)
+
+
+def _sides(stage: Stage, config: Config) -> dict[str, int]:
+    """How long each axis is, but T and the sides of the picture as it came."""
     text, vision = config.text_config, config.vision_config
-    tower = stage.name.startswith(TOWER)
-    own = vision if tower else text
-    sides = {
+    own = vision if stage.name.startswith(TOWER) else text
+    joined = stage.name == "multi_modal_projector"
+    return {
         "N": 1,
         "3": 3,
         "R": vision.image_size,
         "P": vision.num_patches,
-        "D": own.hidden_size,
+        "D": config.projection_dim if joined else own.hidden_size,
         "F": own.intermediate_size,
         "H": own.num_attention_heads,
         "d": own.head_dim,
@@ -128,13 +144,6 @@ def shape_of(stage: Stage, config: Config, size: int) -> tuple[int, ...] | None:
         "V": text.vocab_size,
         "1": 1,
     }
-    if stage.name == "multi_modal_projector":
-        sides["D"] = config.projection_dim
-    known = math.prod(sides.get(axis, 1) for axis in stage.axes)
-    unknown = [axis for axis in stage.axes if axis not in sides]
-    if len(unknown) > 1 or size % known or (not unknown and size != known):
-        return None
-    return tuple(sides.get(axis, size // known) for axis in stage.axes)
 
 
 def is_fused(name: str) -> bool:
