@@ -14,6 +14,7 @@ H query heads · K key/value heads · d width of a head.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -183,7 +184,9 @@ def mlps(tower: nn.Module) -> list[nn.Module]:
 def assign(modules: Iterable[nn.Module], **values: Any) -> None:
     for module in modules:
         for name, value in values.items():
-            setattr(module, name, value)
+            # A module of its own for each: one that is shared would be shown under its last name.
+            own = copy.copy(value) if isinstance(value, nn.Module) else value
+            setattr(module, name, own)
 
 
 def zeroed(*tensors: Tensor | None) -> None:

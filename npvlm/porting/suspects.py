@@ -62,11 +62,12 @@ def accuse(stage: str, mine: Array, context: Context) -> Finding | None:
 
 def _findings(c: Case) -> list[Finding]:
     """The mistakes that explain a stage, in the order of SUSPECTS."""
-    expected = (c.right.get(c.stage), c.context.reference(c.stage))
-    ordinary = min(_error(c, value) for value in expected)
     found: list[Finding] = []
-    if math.isinf(ordinary):  # nothing to be better than
+    known = [c.right.get(c.stage), c.context.reference(c.stage)]
+    expected = [value for value in known if value is not None and np.isfinite(value).all()]
+    if not expected:  # nothing to be better than
         return found
+    ordinary = min(_error(c, value) for value in expected)
     for suspect in SUSPECTS:
         if c.concerns(suspect.globs):
             enough = max(SLACK * c.context.floor, suspect.tolerance)

@@ -136,8 +136,9 @@ class Case:
 
     @property
     def start(self) -> str:
-        """The stage that the layer reads."""
-        module, i = self.layer or ("", 0)
+        """The stage that the layer reads, or the end of the model."""
+        ends = f"{TEXT}.layers", self.config.text_config.num_hidden_layers
+        module, i = self.layer or ends
         first = f"{TOWER}.embeddings" if module.startswith(TOWER) else "inputs_embeds"
         return f"{module}.{i - 1}" if i else first
 
@@ -174,8 +175,9 @@ class Case:
         **replaced: Callable[..., Array],
     ) -> dict[str, Array]:
         """Every stage on the way, computed likewise."""
-        if self.stage in INPUTS:
-            return {}
+        alone = self.context.step and self.stage.startswith("language_model")
+        if self.stage in INPUTS or (alone and self.start not in self.given):
+            return {}  # the token of a later step cannot be made from the prompt
         w = Weights({**self.weights, **weights}) if weights else self.weights
         values = {**self.given, **(given or {})}
         namespace = altered(**{**self.base, **replaced})
@@ -256,9 +258,11 @@ def cases(stage: str, mine: Array, context: Context) -> Iterator[Case]:
     w = context.model.weights
     chain = parts(w, context.config, ops=ops)
     last = [part.name for part in chain].index(part_of(stage))
-    roots = ("multi_modal_projector", "input_ids"), ("pixel_values", "input_ids")
+    starts = [chain[last].reads]
+    if context.step == 0:  # a later step starts from a cache, which no stage shows
+        starts += [("multi_modal_projector", "input_ids"), ("pixel_values", "input_ids")]
     tried: set[tuple[str, ...]] = set()
-    for wanted in (chain[last].reads, *roots):
+    for wanted in starts:
         others = {name: context.reference(name) for name in wanted if name not in own}
         given = own | {name: value for name, value in others.items() if value is not None}
         ready = [i for i in range(last + 1) if all(name in given for name in chain[i].reads)]

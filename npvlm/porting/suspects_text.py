@@ -291,7 +291,9 @@ def gelu_on_up(c: Case) -> Iterator[Guess]:
 
 def residual_normed(c: Case) -> Iterator[Guess]:
     """The normed copy is added to, before the MLP or behind it."""
-    module, i = c.layer or ("", 0)
+    if c.layer is None:  # a layer before the stage is not looked into
+        return
+    module, i = c.layer
     in_tower, second = module.startswith(TOWER), is_second(c)
     before = "layer_norm1" if in_tower else "input_layernorm"
     between = "layer_norm2" if in_tower else "post_attention_layernorm"
