@@ -70,7 +70,7 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
     class Broken(Image.Image):
         def save(self, file, *args, **kwargs):
-            file.write(b"half")
+            file.write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
     before = target.read_bytes()

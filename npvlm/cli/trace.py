@@ -64,12 +64,14 @@ def trace(
     Each line is a stage: its name, shape, type, mean, standard deviation, first values, and the
     line of npvlm that made it. docs/stages.md says what each is.
     """
-    from npvlm.porting.dumps import manifest, save_trace
+    from npvlm.porting.dumps import check_place, manifest, save_trace
     from npvlm.porting.floors import floors
     from npvlm.porting.trace import trace as run
 
     if compact and save is None:
         raise click.UsageError("--compact says how to --save; name a .json there.")
+    if save is not None:
+        check_place(save, compact)
     opened = open_model(model or "shapes", precision, ops)
     found = run(opened, image, prompt, step=step, only=only)
     if save is not None:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from npvlm.config import read_json
 from npvlm.errors import NpvlmError, UsageError
-from npvlm.files.output import new_file, new_folder
+from npvlm.files.output import check_new, new_file, new_folder
 from npvlm.model.weights import Array
 from npvlm.porting.stages import SCHEMA
 from npvlm.porting.statistics import describe
@@ -79,6 +79,25 @@ def manifest(trace: Trace, floors: Mapping[str, Mapping[str, float]]) -> dict[st
     return {**trace.facts, "stages": stages}
 
 
+def check_place(path: Path, compact: bool) -> None:
+    """Refuse a place that a trace cannot be saved at, before anything is run for it.
+
+    Raises
+    ------
+    UsageError
+        For a form that does not fit, a folder that is there, or none around it.
+    """
+    path = path.expanduser()
+    if compact != (path.suffix == ".json"):
+        raise UsageError(
+            f"{path}: a compact trace is one .json, and only that; name such a file with --compact."
+        )
+    if path.suffix not in (".json", ".safetensors", ".bin"):
+        check_new(path.resolve())
+    elif not path.resolve().parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder; make it first.")
+
+
 def save_trace(
     trace: Trace, path: Path, floors: Mapping[str, Mapping[str, float]], *, compact: bool = False
 ) -> None:
@@ -95,16 +114,12 @@ def save_trace(
     Raises
     ------
     UsageError
-        For a form that does not fit, or a folder that is there.
+        As `check_place` does.
     NpvlmError
         Where it cannot be written.
     """
-    path = path.expanduser()
-    if compact != (path.suffix == ".json"):
-        raise UsageError(
-            f"{path}: a compact trace is one .json, and only that; name such a file with --compact."
-        )
-    notes = manifest(trace, floors)
+    check_place(path, compact)
+    path, notes = path.expanduser(), manifest(trace, floors)
     if compact:
         with new_file(path) as draft:
             draft.write_text(_json(notes))
