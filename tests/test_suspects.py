@@ -429,16 +429,10 @@ SHOWN = {
     f"multi_modal_projector,inputs_embeds,{TEXT}.norm,*.logits",
     "streams": "pixel_values,input_ids,*.layers.?,*.logits",
 }
-# Stages that can be recomputed from the values right before them, without weights.
-BLIND = (
-    "bgr range_0_1 imagenet_norm centre_crop letterbox nearest bilinear no_antialias lanczos "
-    "transposed_picture flipped_picture conv_hwc:pixels bos_first newline_twice image_after_text "
-    "positions_missing vit_gelu_erf vit_gelu_sigmoid vit_causal vit_scale_missing vit_scale_width "
-    "heads_interleaved post_layernorm_missing image_divided_by_sqrt image_scaled text_unscaled "
-    "text_scaled_by_tower features_normalised rope_pairs rope_base rope_shift positions_restart "
-    "causal_prefix scale_missing scale_width gelu_erf gelu_silu gelu_on_up residual_normed:mlp "
-    "final_norm_missing kv_swapped kv_tiled softcap_missing window_everywhere window_parity "
-    "post_norms_missing final_softcap_missing"
+NEEDS_WEIGHTS = (
+    "conv_hwc patch_columns vit_bias_missing vit_bias_missing:patches projector_bias_missing "
+    "layer_skipped layer_order pre_post_confused weight_transposed weight_of_other_layer "
+    "bf16_as_fp16"
 )
 
 
@@ -473,7 +467,7 @@ def test_a_mistake_is_named(
 
 @pytest.mark.parametrize(
     ("family", "mistake"),
-    [(family, mistake) for family, mistake in MADE if mistake in BLIND.split()],
+    [made for made in MADE if made[1] not in NEEDS_WEIGHTS.split()],
 )
 def test_a_mistake_is_named_without_weights_where_none_are_needed(
     references: dict[str, Reference], family: str, mistake: str
@@ -549,7 +543,7 @@ def test_whatever_a_port_shows_noise_accuses_nobody(
     references: dict[str, Reference], family: str
 ) -> None:
     ref, rng = references[family], np.random.default_rng(13)
-    for _ in range(40):
+    for _ in range(25):
         values = {n: v for n, v in ref.stages.items() if rng.random() < rng.choice([0.1, 0.5])}
         stage = str(rng.choice([name for name in ref.stages if name not in EXACT]))
         value = ref.stages[stage]

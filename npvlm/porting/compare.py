@@ -137,6 +137,11 @@ def compare(
             "--save` writes them."
         )
     config = parse_config(truth.manifest["config"])
+    if model is not None and not _is_of(truth.manifest, model):
+        raise UsageError(
+            f"{model.name} is not the model of {reference}, expected one whose config.json is "
+            f"that of {truth.manifest['model']}; name it with --model, or none."
+        )
     entries = {n: e for n, e in truth.described().items() if chosen(n, only)}
     if not entries:
         raise UsageError(f"{only!r} names no stage of {reference}; docs/stages.md lists them.")
@@ -179,12 +184,16 @@ def model_of(reference: Path) -> Model | None:
     if notes is None:
         return None
     try:
-        folder = find_folder(notes["model"])
-        if read_json(folder / "config.json") != notes["config"]:
-            return None
-        return load(notes["model"], ops="numpy")
+        model = load(notes["model"], ops="numpy")
     except NpvlmError:
         return None
+    return model if _is_of(notes, model) else None
+
+
+def _is_of(notes: Mapping[str, Any], model: Model) -> bool:
+    """Whether a trace is of a model, as far as its config tells."""
+    same: bool = read_json(find_folder(model.name) / "config.json") == notes["config"]
+    return same
 
 
 def _alone(rows: Mapping[str, Row]) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ from npvlm.api import Model
 from npvlm.files.packed import at_precision
 from npvlm.model import ops
 from npvlm.model.ops import Index
+from npvlm.model.tap import Tap
 from npvlm.model.weights import (
     PACKERS,
     Array,
@@ -36,6 +37,8 @@ from npvlm.porting.trace import Inputs, Trace, run
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 LEAST = 2.0**-22  # of a number in float32: what two roundings of it can differ by, twice over
+
+ROWS = 4096  # of a weight, widened at a time
 
 Cast = Callable[[Array], Array]
 Floors = dict[str, dict[str, float]]
@@ -58,9 +61,13 @@ def floors(trace: Trace, model: Model) -> Floors:
     for precision in PRECISIONS:
         if precision == "int8" and model.config.quantization:
             continue  # packed already: there is nothing to compare with
-        for name, value in _again(trace.inputs, model, precision).items():
+
+        def note(name: str, value: Array, precision: str = precision) -> Array:
             if name in trace.stages:
                 found[name][precision] = _floor(value, trace.stages[name])
+            return value
+
+        _again(trace.inputs, model, precision, note)
     for name in EXACT:
         if name in found:
             found[name] = dict.fromkeys(PRECISIONS, 0.0)
@@ -75,27 +82,21 @@ def _floor(value: Array, reference: Array) -> float:
     return float(f"{min(max(error, LEAST), 1.0):.3g}") if not math.isnan(error) else 1.0
 
 
-def _again(inputs: Inputs, model: Model, precision: str) -> dict[str, Array]:
-    """The stages of a less exact run."""
-    stages: dict[str, Array] = {}
-
-    def keep(name: str, value: Array) -> Array:
-        stages[name] = value.copy()
-        return value
-
+def _again(inputs: Inputs, model: Model, precision: str, tap: Tap) -> None:
+    """A less exact run."""
     weights, config, namespace = model.weights, model.config, model.ops
     to = {"bfloat16": to_bfloat16, "float16": to_float16}.get(precision)
     if to is not None:
-        pixels = to(inputs.pixel_values)
-        coarse = replace(inputs, pixel_values=pixels)
-        run(coarse, weights, config, ops=rounding(to), tap=lambda n, value: keep(n, to(value)))
-        return stages | {"pixel_values": pixels}
+        inputs = replace(inputs, pixel_values=to(inputs.pixel_values))
+        tap("pixel_values", inputs.pixel_values)
+        run(inputs, weights, config, ops=rounding(to), tap=lambda n, value: tap(n, to(value)))
+        return
     if precision == "int8":
         weights = Weights(at_precision(weights, "int8", PACKERS))
     else:
         namespace = reordered()
-    run(inputs, weights, config, ops=namespace, tap=keep)
-    return stages | {"pixel_values": inputs.pixel_values}
+    tap("pixel_values", inputs.pixel_values)
+    run(inputs, weights, config, ops=namespace, tap=tap)
 
 
 def to_bfloat16(value: Array) -> Array:
@@ -113,7 +114,10 @@ def reordered() -> ModuleType:
     """The definitions with the sums of products in another order, and in one run."""
 
     def linear(x: Array, w: Weight, bias: Weight | None = None) -> Array:
-        y: Array = x[:, ::-1] @ unpack(w, x.dtype)[:, ::-1].T
+        y = np.empty((len(x), len(w)), x.dtype)
+        for start in range(0, len(w), ROWS):  # a whole table would be gigabytes
+            rows = slice(start, start + ROWS)
+            y[:, rows] = x[:, ::-1] @ unpack(w[rows], x.dtype)[:, ::-1].T
         return y if bias is None else y + unpack(bias, x.dtype)
 
     def attend(q: Array, k: Array, v: Array, *rest: Any) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -243,8 +243,8 @@ def cases(stage: str, mine: Array, context: Context) -> Iterator[Case]:
     Where the port does not show that input, it may be that of the reference, or what the port's
     last value before it leads to.
 
-    Without the model's weights only operations that need none can be tried, from the values right
-    before the stage.
+    Without the model's weights only what needs none can be tried, or those that the stage itself
+    tells of, from the values right before it.
     """
     names = [one.name for one in stages(context.config)]
     before = names[: names.index(stage)]
@@ -253,7 +253,8 @@ def cases(stage: str, mine: Array, context: Context) -> Iterator[Case]:
         others = {name: context.reference(name) for name in before if name not in own}
         given = own | {name: value for name, value in others.items() if value is not None}
         unknown, base = _unknown(context)
-        yield Case(stage, mine, context, given, (stage,), unknown, base)
+        case = Case(stage, mine, context, given, (stage,), unknown, base)
+        yield replace(case, weights=Weights({**unknown, **_told_weights(case)}))
         return
     w = context.model.weights
     chain = parts(w, context.config, ops=ops)
@@ -266,10 +267,11 @@ def cases(stage: str, mine: Array, context: Context) -> Iterator[Case]:
         others = {name: context.reference(name) for name in wanted if name not in own}
         given = own | {name: value for name, value in others.items() if value is not None}
         ready = [i for i in range(last + 1) if all(name in given for name in chain[i].reads)]
-        run = tuple(part.name for part in chain[max(ready, default=last) : last + 1])
-        if ready and len(run) <= FAR and run not in tried:
-            tried.add(run)
-            between = [name for name in before if name not in own and _maker(name, stage) in run]
+        passed = tuple(part.name for part in chain[max(ready, default=last) : last + 1])
+        if ready and len(passed) <= FAR and passed not in tried:
+            tried.add(passed)
+            hidden = [name for name in before if name not in own]
+            between = [name for name in hidden if _maker(name, stage) in passed]
             yield Case(stage, mine, context, given, (*between, stage), w, {})
 
 
@@ -308,3 +310,38 @@ def _unknown(context: Context) -> tuple[Weights, dict[str, Any]]:
         return (rows * (scale / math.sqrt(text.hidden_size))).astype(dtype)
 
     return weights, {"linear": linear, "embed": embed}
+
+
+def _told_weights(c: Case) -> dict[str, Weight]:
+    """Weights that a stage of the reference tells of: those of a norm, or the learned positions.
+
+    A norm acts on each column alone, so a line through what it reads and gives has its weights.
+    """
+    y = c.context.reference(c.stage)
+    patches = c.given.get(f"{TOWER}.embeddings.patch_embedding")
+    if y is None:
+        return {}
+    if c.stage == f"{TOWER}.embeddings" and patches is not None:
+        return {f"{c.stage}.position_embedding.weight": (y - patches)[0]}
+    unknown, read = c.weights.get(f"{c.stage}.weight"), list[Array]()
+
+    def norm(x: Array, weight: Weight, *rest: Any) -> Array:
+        width, eps = x.shape[-1], rest[-1]
+        none, one = np.zeros(width, x.dtype), np.ones(width, x.dtype)
+        in_tower = len(rest) == 2
+        y: Array = c.ops.layer_norm(x, one, none, eps) if in_tower else c.ops.rms_norm(x, none, eps)
+        if weight is unknown:
+            read.append(y)
+        return y
+
+    c.run(rms_norm=norm, layer_norm=norm)
+    if not read or not np.isfinite(read[0]).all():
+        return {}
+    x, y = (a.astype(np.float64).reshape(-1, a.shape[-1]) for a in (read[0], y))
+    with np.errstate(all="ignore"):  # a column of zeros tells nothing
+        if not c.stage.startswith(TOWER):
+            return {f"{c.stage}.weight": ((x * y).sum(0) / (x * x).sum(0) - 1).astype(np.float32)}
+        centred = x - x.mean(0)
+        gain = (centred * y).sum(0) / (centred * centred).sum(0)
+        told = {"weight": gain, "bias": y.mean(0) - gain * x.mean(0)}
+    return {f"{c.stage}.{name}": value.astype(np.float32) for name, value in told.items()}

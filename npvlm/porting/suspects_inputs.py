@@ -302,11 +302,13 @@ def rope_shift(c: Case) -> Iterator[Guess]:
 
 
 def apart(c: Case, by: int) -> Callable[..., Array]:
-    """Attention whose queries are turned a little further than its keys."""
+    """Attention whose queries, those of the decoder, are turned a little further than its keys."""
+    text = c.config.text_config
 
     def attend(q: Array, *rest: Array) -> Array:
-        further: Array = c.ops.rope(q, np.full(len(q), by), c.config.text_config.rope_theta)
-        mixed: Array = c.ops.attend(further, *rest)
+        if q.shape[1:] == (text.num_attention_heads, text.head_dim):
+            q = c.ops.rope(q, np.full(len(q), by), text.rope_theta)
+        mixed: Array = c.ops.attend(q, *rest)
         return mixed
 
     return attend
