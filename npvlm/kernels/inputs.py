@@ -13,7 +13,14 @@ from numpy.typing import NDArray
 
 from npvlm.kernels.compiling import compiled, parallel
 from npvlm.kernels.functions import from_bits
-from npvlm.kernels.tiles import INT4_BYTES, MIDDLE, TALL, float32_inputs
+from npvlm.kernels.tiles import (
+    BFLOAT16,
+    BYTE_PRODUCTS,
+    INT4_BYTES,
+    MIDDLE,
+    TALL,
+    float32_inputs,
+)
 from npvlm.kernels.vectors import (
     LANES,
     copy_lanes,
@@ -21,6 +28,7 @@ from npvlm.kernels.vectors import (
     pointer,
     rotate_lanes,
     rotate_pair,
+    round_bfloat16,
     round_lanes,
     sum_bytes,
 )
@@ -34,8 +42,8 @@ class Inputs(NamedTuple):
     """Rows packed for `add_tile`: tiles of `height` rows, the last filled up with zeros.
 
     panels [tiles, steps, height, elements of a step], flat
-    scales [T], offsets [T]: of rows rounded to 8 bits; empty otherwise. The offset is 128 times the
-    sum of a row, which the products of Int8 have too much.
+    scales [T]: of rows rounded to 8 bits; empty otherwise
+    offsets [T]: 128 times the sum of a row, if the products of Int8 have that too much; else empty
     """
 
     panels: Array
@@ -59,14 +67,21 @@ def pack(x: Array, w: Weight) -> Inputs:
     height = tile_height(T)
     tiles = -(-T // height)
     if isinstance(w, Int8 | Int4):
-        eight = isinstance(w, Int8)
-        elements, inputs = (4 * LANES, 4 * LANES) if eight else (INT4_BYTES, 8 * LANES)
+        shifted = isinstance(w, Int8) and BYTE_PRODUCTS
+        if isinstance(w, Int4):
+            inputs, elements, kind = 8 * LANES, INT4_BYTES, np.int8
+        elif BYTE_PRODUCTS:
+            inputs, elements, kind = 4 * LANES, 4 * LANES, np.int8
+        else:
+            inputs, elements, kind = 2 * LANES, 2 * LANES, np.int16
         steps = -(-I // w.block) * w.block // inputs
-        panels = _aligned(tiles * steps * height * elements, np.int8)
-        scales, offsets = np.empty(T, np.float32), np.empty(T if eight else 0, np.int32)
-        _pack_integers(x, height, w.block, steps, panels, scales, offsets)
+        panels = _aligned(tiles * steps * height * elements, kind)
+        scales, offsets = np.empty(T, np.float32), np.empty(T if shifted else 0, np.int32)
+        _pack_integers(x, height, w.block, steps, inputs, elements, panels, scales, offsets)
         return Inputs(panels, tiles, height, steps, scales, offsets)
-    pairs = isinstance(w, BFloat16Product)
+    if isinstance(w, BFloat16Product) and not BFLOAT16:
+        x = _as_bfloat16(x)
+    pairs = isinstance(w, BFloat16Product) and BFLOAT16
     elements = 2 * LANES if pairs else float32_inputs(numbers_of(w).dtype.itemsize)
     steps = -(-I // elements)
     if elements > I:
@@ -154,26 +169,44 @@ def _clear(panel, start, count):
         panel[j] = 0
 
 
+@compiled
+def _as_bfloat16(x):
+    """Rows rounded to bfloat16, for a CPU that multiplies only float32."""
+    y = np.empty((len(x), x.shape[1]), np.float32)
+    flat, values = x.reshape(-1), y.reshape(-1)
+    whole = len(flat) // LANES * LANES
+    for at in range(0, whole, LANES):
+        round_bfloat16(pointer(flat, at), pointer(values, at))
+    if whole < len(flat):
+        rest = np.zeros(LANES, np.float32)
+        rest[: len(flat) - whole] = flat[whole:]
+        round_bfloat16(pointer(rest, 0), pointer(rest, 0))
+        values[whole:] = rest[: len(flat) - whole]
+    return y
+
+
 @parallel
-def _pack_integers(x, height, block, steps, panels, scales, offsets):
+def _pack_integers(x, height, block, steps, inputs, elements, panels, scales, offsets):
     tiles = -(-len(x) // height)
     if tiles == 1:
-        _pack_integers_tile(x, np.int64(0), height, block, steps, panels, scales, offsets)
+        _pack_integers_tile(
+            x, np.int64(0), height, block, steps, inputs, elements, panels, scales, offsets
+        )
     else:
         for tile in prange(tiles):
-            _pack_integers_tile(x, np.int64(tile), height, block, steps, panels, scales, offsets)
+            _pack_integers_tile(
+                x, np.int64(tile), height, block, steps, inputs, elements, panels, scales, offsets
+            )
 
 
 @compiled
-def _pack_integers_tile(x, tile, height, block, steps, panels, scales, offsets):
+def _pack_integers_tile(x, tile, height, block, steps, inputs, elements, panels, scales, offsets):
     """Rotate rows and round each to whole steps of its own scale: see `weights.quantize`.
 
-    Offsets are asked for by Int8, whose weights are multiplied with 128 added: 128 times the sum of
-    a row. Int4 has its own beside each 128 inputs.
+    Offsets are asked for where the weights of Int8 are multiplied with 128 added: 128 times the sum
+    of a row. Int4 has its own beside each 128 inputs.
     """
     T, I = x.shape
-    eight = len(offsets) > 0
-    inputs, elements = (4 * LANES, 4 * LANES) if eight else (8 * LANES, INT4_BYTES)
     size = height * steps * elements
     panel = panels[tile * size : (tile + 1) * size]
     row = np.zeros(steps * inputs, np.float32)
@@ -198,20 +231,15 @@ def _pack_integers_tile(x, tile, height, block, steps, panels, scales, offsets):
         sums = np.zeros(LANES, np.int32)
         for step in range(steps):
             to = (step * height + i) * elements
-            if eight:
-                _pack_step(row, step * inputs, gain, panel, to, sums)
-            else:
+            if elements == INT4_BYTES:
                 _pack_groups(row, step * inputs, gain, panel, to)
-        if eight:
+                continue
+            for j in range(0, inputs, LANES):
+                round_lanes(pointer(row, step * inputs + j), gain, pointer(panel, to + j))
+            if len(offsets):
+                sum_bytes(pointer(panel, to), pointer(sums, 0))
+        if len(offsets):
             offsets[t] = 128 * sums.sum()
-
-
-@compiled
-def _pack_step(row, start, gain, panel, to, sums):
-    """64 inputs of Int8, which are added to sums."""
-    for j in range(0, 4 * LANES, LANES):
-        round_lanes(pointer(row, start + j), gain, pointer(panel, to + j))
-    sum_bytes(pointer(panel, to), pointer(sums, 0))
 
 
 @compiled

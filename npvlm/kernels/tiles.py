@@ -21,10 +21,12 @@ from npvlm.kernels.vectors import (
     BYTES,
     FLOATS,
     HALVES,
+    I8,
     I16,
     I64,
     INTS,
     LANES,
+    PAIRS,
     WORDS,
     Builder,
     Value,
@@ -40,15 +42,17 @@ from npvlm.kernels.vectors import (
     spread,
     store,
     upper_halves,
+    word_products,
 )
 
+HALF_BYTES = ir.VectorType(I8, 2 * LANES)
 WIDTH = 64  # columns of the block of sums that tiles add to
 
-# As many sums as the registers of the CPU hold beside the operands.
-if "avx512f" in features():
-    TALL, MIDDLE, COLUMNS = 6, 4, 4
-else:
-    TALL, MIDDLE, COLUMNS = 3, 2, 2
+# As many sums as the registers of the CPU hold beside the operands: 32 of 16 lanes, or 16 of 8.
+TALL, MIDDLE, COLUMNS = 6, 4, 4 if "avx512f" in features() else 1
+
+BFLOAT16 = "avx512bf16" in features()  # whether bfloat16 are multiplied by each other
+BYTE_PRODUCTS = "avx512vnni" in features()  # whether bytes are, those of a weight with 128 added
 
 AHEAD = 4096  # bytes from where a row of weights is read to where memory is asked for what follows
 INT4_BYTES = 192  # what 128 inputs take when packed for Int4: see `_pack_groups`
@@ -91,7 +95,16 @@ def kind_of(inputs: Any, weights: Any) -> Kind:
             zero=splat(FLOATS, 0.0),
             load_inputs=lambda b, p: load(b, p, INTS),
             load_weights=lambda b, p, _: load(b, p, INTS),
-            add_products=lambda b, sums, x, w: pair_products(b, target, sums, x, w),
+            add_products=pair_products,
+        )
+    if weights == types.int8 and inputs == types.int16:
+        return Kind(
+            inputs=2 * LANES,
+            weights=2 * LANES,
+            zero=splat(INTS, 0),
+            load_inputs=lambda b, p: load(b, p, PAIRS),
+            load_weights=lambda b, p, _: b.sext(load(b, p, HALF_BYTES), PAIRS),
+            add_products=lambda b, sums, x, w: b.add(sums, word_products(b, target, x, w)),
         )
     if weights == types.int8:
         return Kind(
@@ -100,7 +113,7 @@ def kind_of(inputs: Any, weights: Any) -> Kind:
             zero=splat(INTS, 0),
             load_inputs=lambda b, p: load(b, p, BYTES),
             load_weights=lambda b, p, _: b.xor(load(b, p, BYTES), splat(BYTES, -128)),
-            add_products=lambda b, sums, x, w: byte_products(b, target, sums, w, x),
+            add_products=lambda b, sums, x, w: byte_products(b, target, sums, [(w, x)]),
         )
     return Kind(
         inputs=INT4_BYTES,
@@ -144,8 +157,7 @@ def _load_int4_weights(b: Builder, address: Value, scales: Value) -> tuple[Value
 def _add_int4_products(b: Builder, target: frozenset[str], sums: Value, x: Any, w: Any) -> Value:
     """A lane multiplies eight inputs of one group, so that it has one scale."""
     (x_low, x_high, start), (w_low, w_high, scale) = x, w
-    total = byte_products(b, target, start, w_low, x_low)
-    total = byte_products(b, target, total, w_high, x_high)
+    total = byte_products(b, target, start, [(w_low, x_low), (w_high, x_high)])
     return fma(b, b.sitofp(total, FLOATS), scale, sums)
 
 
@@ -173,8 +185,8 @@ def add_tile(
     the row; the packed rows have zeros where it meets what was counted before.
 
     x and w are float32 and float32, uint16 (bits of bfloat16) or int16 (bits of float16); uint16
-    and uint16; int8 and int8, where each sum has 128 times its inputs too much; or int8 and uint8,
-    two weights a byte, with the bits of a bfloat16 scale for 32 of them.
+    and uint16; int16 and int8; int8 and int8, where each sum has 128 times its inputs too much; or
+    int8 and uint8, two weights a byte, with the bits of a bfloat16 scale for 32 of them.
     """
     kind = kind_of(x.dtype, w.dtype)
     height, width = rows.literal_value, columns.literal_value

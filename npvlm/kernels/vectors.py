@@ -22,6 +22,7 @@ F16, F32 = ir.HalfType(), ir.FloatType()
 FLOATS, INTS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 WORDS, HALVES = ir.VectorType(I16, LANES), ir.VectorType(F16, LANES)
 BYTES = ir.VectorType(I8, 4 * LANES)
+PAIRS = ir.VectorType(I16, 2 * LANES)
 
 ROUND = 1.5 * 2**23  # adding it to a smaller float32 rounds that to a whole number
 MOST_BYTE = 128  # what no signed byte reaches
@@ -105,25 +106,41 @@ def narrow_lanes(typing: Any, source: Any, to: Any) -> Any:
     """Sixteen float32 as the bits of the nearest bfloat16, ties to even bits; a nan stays one."""
 
     def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
-        n = load(b, args[0], INTS)
-        upper = b.lshr(n, splat(INTS, 16))
-        tie = b.add(b.and_(upper, splat(INTS, 1)), splat(INTS, 0x7FFF))
-        rounded = b.lshr(b.add(n, tie), splat(INTS, 16))
-        size = b.and_(n, splat(INTS, 0x7FFFFFFF))
-        nan = b.icmp_unsigned(">", size, splat(INTS, 0x7F800000))
-        value = b.select(nan, b.or_(upper, splat(INTS, 0x40)), rounded)
-        store(b, b.trunc(value, WORDS), args[1])
+        store(b, b.trunc(_bfloat16_bits(b, load(b, args[0], INTS)), WORDS), args[1])
         return context.get_dummy_value()
 
     return types.void(source, to), codegen
 
 
 @intrinsic
+def round_bfloat16(typing: Any, source: Any, to: Any) -> Any:
+    """Sixteen float32 rounded as by `narrow_lanes`, but kept as float32."""
+
+    def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
+        bits = _bfloat16_bits(b, load(b, args[0], INTS))
+        store(b, b.shl(bits, splat(INTS, 16)), args[1])
+        return context.get_dummy_value()
+
+    return types.void(source, to), codegen
+
+
+def _bfloat16_bits(b: Builder, n: Value) -> Value:
+    """The bits of float32 rounded to bfloat16, in 32-bit lanes."""
+    upper = b.lshr(n, splat(INTS, 16))
+    tie = b.add(b.and_(upper, splat(INTS, 1)), splat(INTS, 0x7FFF))
+    rounded = b.lshr(b.add(n, tie), splat(INTS, 16))
+    size = b.and_(n, splat(INTS, 0x7FFFFFFF))
+    nan = b.icmp_unsigned(">", size, splat(INTS, 0x7F800000))
+    return b.select(nan, b.or_(upper, splat(INTS, 0x40)), rounded)
+
+
+@intrinsic
 def round_lanes(typing: Any, source: Any, gain: Any, to: Any) -> Any:
-    """Sixteen float32 times a gain as whole numbers in bytes, ties to even.
+    """Sixteen float32 times a gain as whole numbers of 8 or 16 bits, ties to even.
 
     Zero for what is no number and for what no byte holds.
     """
+    kind = {types.int8: I8, types.int16: I16}[to.dtype]
 
     def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
         x = b.fmul(load(b, args[0], FLOATS), spread(b, args[1]))
@@ -132,7 +149,7 @@ def round_lanes(typing: Any, source: Any, gain: Any, to: Any) -> Any:
         below = b.fcmp_ordered("<", x, splat(FLOATS, MOST_BYTE))
         held = b.select(b.and_(above, below), whole, splat(FLOATS, 0.0))
         numbers = b.fptosi(held, INTS)
-        store(b, b.trunc(numbers, ir.VectorType(I8, LANES)), args[2])
+        store(b, b.trunc(numbers, ir.VectorType(kind, LANES)), args[2])
         return context.get_dummy_value()
 
     return types.void(source, types.float32, to), codegen
@@ -145,7 +162,8 @@ def sum_bytes(typing: Any, source: Any, sums: Any) -> Any:
     def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
         source, sums = args
         total = load(b, sums, INTS)
-        total = byte_products(b, features(), total, splat(BYTES, 1), load(b, source, BYTES))
+        ones, numbers = splat(BYTES, 1), load(b, source, BYTES)
+        total = byte_products(b, features(), total, [(ones, numbers)])
         store(b, total, sums)
         return context.get_dummy_value()
 
@@ -218,32 +236,47 @@ def fold(b: Builder, sums: list[Value]) -> Value:
     return sums[0]
 
 
-def byte_products(b: Builder, target: frozenset[str], total: Value, u: Value, s: Value) -> Value:
+def byte_products(
+    b: Builder, target: frozenset[str], total: Value, factors: list[tuple[Value, Value]]
+) -> Value:
     """Add to each lane of `total` the products of its four unsigned and four signed bytes.
 
-    No product saturates: without the instruction for it, bytes are widened to 16 bits first.
+    There may be one pair of factors or two. Without the instruction for it, products are summed in
+    16 bits first, so unsigned factors have to be below 16: four products stay below 4 x 15 x 128.
     """
     if "avx512vnni" in target:
         kind = ir.FunctionType(INTS, [INTS] * 3)
-        name = "llvm.x86.avx512.vpdpbusd.512"
-        call = cgutils.get_or_insert_function(b.module, kind, name)
-        return b.call(call, [total, b.bitcast(u, INTS), b.bitcast(s, INTS)])
-    pairs = ir.VectorType(I32, LANES // 2)
-    quarters = []
-    for start in range(0, 4 * LANES, LANES):
-        part = list(range(start, start + LANES))
-        unsigned = b.zext(lanes(b, u, u, part), WORDS)
-        signed = b.sext(lanes(b, s, s, part), WORDS)
-        if "avx2" in target:
-            kind = ir.FunctionType(pairs, [WORDS] * 2)
-            call = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx2.pmadd.wd")
-            sums = b.call(call, [unsigned, signed])
-        else:
-            products = b.sext(b.mul(unsigned, signed), INTS)
-            sums = _neighbours(b, products)
-        quarters.append(_neighbours(b, sums))
-    halves = [lanes(b, *quarters[i : i + 2], list(range(8))) for i in (0, 2)]
-    return b.add(total, lanes(b, *halves, list(range(16))))
+        call = _function(b, "llvm.x86.avx512.vpdpbusd.512", kind)
+        for u, s in factors:
+            total = b.call(call, [total, b.bitcast(u, INTS), b.bitcast(s, INTS)])
+        return total
+    sums = [_pairs(b, target, u, s) for u, s in factors]
+    narrow = sums[0] if len(sums) == 1 else b.add(*sums)
+    return b.add(total, word_products(b, target, narrow, splat(PAIRS, 1)))
+
+
+def _pairs(b: Builder, target: frozenset[str], u: Value, s: Value) -> Value:
+    """The products of 64 unsigned and signed bytes, summed two by two in 16 bits."""
+    if "avx2" in target:
+        kind = ir.FunctionType(WORDS, [ir.VectorType(I8, 2 * LANES)] * 2)
+        call = _function(b, "llvm.x86.avx2.pmadd.ub.sw", kind)
+        parts = [list(range(start, start + 2 * LANES)) for start in (0, 2 * LANES)]
+        halves = [b.call(call, [lanes(b, v, v, part) for v in (u, s)]) for part in parts]
+        return lanes(b, *halves, list(range(2 * LANES)))
+    wide = ir.VectorType(I16, 4 * LANES)
+    return _neighbours(b, b.mul(b.zext(u, wide), b.sext(s, wide)))
+
+
+def word_products(b: Builder, target: frozenset[str], x: Value, y: Value) -> Value:
+    """The products of two times 32 numbers of 16 bits, summed two by two in 32 bits."""
+    if "avx2" in target:
+        kind = ir.FunctionType(ir.VectorType(I32, LANES // 2), [WORDS] * 2)
+        call = _function(b, "llvm.x86.avx2.pmadd.wd", kind)
+        parts = [list(range(start, start + LANES)) for start in (0, LANES)]
+        halves = [b.call(call, [lanes(b, v, v, part) for v in (x, y)]) for part in parts]
+        return lanes(b, *halves, list(range(LANES)))
+    wide = ir.VectorType(I32, 2 * LANES)
+    return _neighbours(b, b.mul(b.sext(x, wide), b.sext(y, wide)))
 
 
 def _neighbours(b: Builder, v: Value) -> Value:
@@ -252,17 +285,14 @@ def _neighbours(b: Builder, v: Value) -> Value:
     return b.add(lanes(b, v, v, even), lanes(b, v, v, [i + 1 for i in even]))
 
 
-def pair_products(b: Builder, target: frozenset[str], total: Value, x: Value, y: Value) -> Value:
+def pair_products(b: Builder, total: Value, x: Value, y: Value) -> Value:
     """Add to each lane of `total` the products of its two pairs of bfloat16, given as 32 bits.
 
-    The instruction for it takes numbers below 2**-126 as zero; without it they count.
+    Only for a CPU with the instruction for it, which takes numbers below 2**-126 as zero.
     """
-    if "avx512bf16" in target:
-        kind = ir.FunctionType(FLOATS, [FLOATS, INTS, INTS])
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        call = cgutils.get_or_insert_function(b.module, kind, name)
-        return b.call(call, [total, x, y])
-    upper, shift = splat(INTS, -65536), splat(INTS, 16)
-    odd = [b.bitcast(b.and_(v, upper), FLOATS) for v in (x, y)]
-    even = [b.bitcast(b.shl(v, shift), FLOATS) for v in (x, y)]
-    return fma(b, *even, fma(b, *odd, total))
+    kind = ir.FunctionType(FLOATS, [FLOATS, INTS, INTS])
+    return b.call(_function(b, "llvm.x86.avx512bf16.dpbf16ps.512", kind), [total, x, y])
+
+
+def _function(b: Builder, name: str, kind: ir.FunctionType) -> Value:
+    return cgutils.get_or_insert_function(b.module, kind, name)
