@@ -24,17 +24,17 @@ from npvlm.kernels.tiles import (
 from npvlm.kernels.vectors import (
     LANES,
     copy_lanes,
-    narrow_lanes,
+    narrow_pairs,
     pointer,
     rotate_lanes,
     rotate_pair,
-    round_bfloat16,
     round_lanes,
     sum_bytes,
 )
 from npvlm.model.weights import LEAST, Array, BFloat16, BFloat16Product, Int4, Int8, Weight
 
 MOST, SMALLEST = np.float32(127), np.float32(LEAST)
+CHUNK = 4096  # bytes of a packed row that are summed before the sum is added to the others
 NOTHING = np.empty(0, np.float32)
 
 
@@ -42,6 +42,7 @@ class Inputs(NamedTuple):
     """Rows packed for `add_tile`: tiles of `height` rows, the last filled up with zeros.
 
     panels [tiles, steps, height, elements of a step], flat
+    chunk: steps that are summed before the sum is added to the others
     scales [T]: of rows rounded to 8 bits; empty otherwise
     offsets [T]: 128 times the sum of a row, if the products of Int8 have that too much; else empty
     """
@@ -50,6 +51,7 @@ class Inputs(NamedTuple):
     tiles: int
     height: int
     steps: int
+    chunk: int
     scales: NDArray[np.float32]
     offsets: NDArray[np.int32]
 
@@ -78,20 +80,21 @@ def pack(x: Array, w: Weight) -> Inputs:
         panels = _aligned(tiles * steps * height * elements, kind)
         scales, offsets = np.empty(T, np.float32), np.empty(T if shifted else 0, np.int32)
         _pack_integers(x, height, w.block, steps, inputs, elements, panels, scales, offsets)
-        return Inputs(panels, tiles, height, steps, scales, offsets)
-    if isinstance(w, BFloat16Product) and not BFLOAT16:
-        x = _as_bfloat16(x)
-    pairs = isinstance(w, BFloat16Product) and BFLOAT16
+        chunk = CHUNK // (elements * panels.itemsize)
+        return Inputs(panels, tiles, height, steps, chunk, scales, offsets)
+    pairs = isinstance(w, BFloat16Product)
     elements = 2 * LANES if pairs else float32_inputs(numbers_of(w).dtype.itemsize)
     steps = -(-I // elements)
     if elements > I:
         x = np.pad(x, ((0, 0), (0, elements - I)))
-    panels = _aligned(tiles * steps * height * elements, np.uint16 if pairs else np.float32)
+    kind = (np.uint16 if BFLOAT16 else np.int32) if pairs else np.float32
+    panels = _aligned(tiles * steps * height * elements, kind)
     if pairs:
         _pack_bfloat16(x, height, steps, panels)
     else:
         _pack_float32(x, height, steps, elements, panels)
-    return Inputs(panels, tiles, height, steps, NOTHING, np.empty(0, np.int32))
+    chunk = CHUNK // (elements * (2 if pairs else 4))  # split pairs count as if they were not
+    return Inputs(panels, tiles, height, steps, chunk, NOTHING, np.empty(0, np.int32))
 
 
 def _aligned(size: int, dtype: Any) -> Array:
@@ -150,16 +153,20 @@ def _pack_bfloat16_tile(x, tile, height, steps, panels):
     width = 2 * LANES
     size = height * steps * width
     panel = panels[tile * size : (tile + 1) * size]
+    part = np.empty(width, np.float32)
     for i in range(height):
+        t = tile * height + i
         for step in range(steps):
-            to = (step * height + i) * width
+            to = pointer(panel, (step * height + i) * width)
             at = min(step * width, I - width)
-            if tile * height + i < T:
-                for lane in range(0, width, LANES):
-                    narrow_lanes(
-                        pointer(x, (tile * height + i) * I + at + lane), pointer(panel, to + lane)
-                    )
-            _clear(panel, to, width if tile * height + i >= T else step * width - at)
+            counted = step * width - at
+            if t < T and counted == 0:
+                narrow_pairs(pointer(x, t * I + at), to)
+            else:
+                part[:] = 0
+                for j in range(counted, width if t < T else 0):
+                    part[j] = x[t, at + j]
+                narrow_pairs(pointer(part, 0), to)
 
 
 @compiled
@@ -167,22 +174,6 @@ def _clear(panel, start, count):
     """Write zeros: for rows there are none of, and where a last step meets what was counted."""
     for j in range(start, start + count):
         panel[j] = 0
-
-
-@compiled
-def _as_bfloat16(x):
-    """Rows rounded to bfloat16, for a CPU that multiplies only float32."""
-    y = np.empty((len(x), x.shape[1]), np.float32)
-    flat, values = x.reshape(-1), y.reshape(-1)
-    whole = len(flat) // LANES * LANES
-    for at in range(0, whole, LANES):
-        round_bfloat16(pointer(flat, at), pointer(values, at))
-    if whole < len(flat):
-        rest = np.zeros(LANES, np.float32)
-        rest[: len(flat) - whole] = flat[whole:]
-        round_bfloat16(pointer(rest, 0), pointer(rest, 0))
-        values[whole:] = rest[: len(flat) - whole]
-    return y
 
 
 @parallel

@@ -18,7 +18,6 @@ from npvlm.model import ops
 from npvlm.model.tap import Tap
 from npvlm.model.weights import Array, BFloat16, Int4, Int8, Weight, unpack
 
-CHUNK = 4096  # bytes of a packed row that are summed before the sum is added to the others
 SHARES = 4  # blocks of columns for each thread where there is one row: the fewer, the faster
 ROWS = 192  # rows of inputs that share a block of weights while it is in the cache: 32 x 6, 48 x 4
 NO_BYTES = np.empty((0, 0), np.uint8)
@@ -98,14 +97,14 @@ def _multiply(x: Inputs, weights: tuple[Weight, Weight], bias: Array, y: Array, 
     T, O = y.shape
     width = max(WIDTH, O // (SHARES * get_num_threads())) if T == 1 else WIDTH
     _products(
-        x.panels, x.height, x.steps, x.scales, x.offsets, like, w, groups, scales,
+        x.panels, x.height, x.steps, x.chunk, x.scales, x.offsets, like, w, groups, scales,
         w2, groups2, scales2, zero, width, bias, y, gate,
     )  # fmt: skip
 
 
 @parallel
 def _products(
-    x, height, steps, row_scales, offsets, like, w, groups, scales,
+    x, height, steps, chunk, row_scales, offsets, like, w, groups, scales,
     w2, groups2, scales2, zero, width, bias, y, gate,
 ):  # fmt: skip
     """One block of `width` columns and at most ROWS rows at a time: its sums stay in the cache."""
@@ -118,10 +117,12 @@ def _products(
         tiles = -(-rows // height)
         panels, start = x[row // height * size :], offsets[row:]
         sums = np.empty((tiles * height, width), zero.dtype)
-        _sum_block(panels, size, height, tiles, steps, start, w, like, groups, column, sums)
+        _sum_block(panels, size, height, tiles, steps, chunk, start, w, like, groups, column, sums)
         if gate:
             ups = np.empty((tiles * height, width), zero.dtype)
-            _sum_block(panels, size, height, tiles, steps, start, w2, like, groups2, column, ups)
+            _sum_block(
+                panels, size, height, tiles, steps, chunk, start, w2, like, groups2, column, ups
+            )
             other = np.empty(columns, np.float32)
         for i in range(rows):
             to = y[row + i, column : column + columns]
@@ -150,7 +151,7 @@ def _finish(sums, row_scales, i, scales, column, to):
 
 
 @compiled
-def _sum_block(panels, size, height, tiles, steps, offsets, w, like, groups, first, sums):
+def _sum_block(panels, size, height, tiles, steps, chunk, offsets, w, like, groups, first, sums):
     """Sum the products of packed rows with rows `first` and following of w.
 
     Many tiles take a chunk of all the columns at a time, which stay in the cache for the next
@@ -164,7 +165,6 @@ def _sum_block(panels, size, height, tiles, steps, offsets, w, like, groups, fir
     width = sums.shape[1]
     columns = 1 if height == 1 else COLUMNS  # one row reads memory fastest one column at a time
     group = width if tiles > 1 else columns
-    chunk = CHUNK // (size // (steps * height) * panels.itemsize)
     for left in range(0, min(width, most + 1 - first), group):
         for begin in range(0, steps, chunk):
             end = min(begin + chunk, steps)

@@ -39,6 +39,8 @@ from npvlm.kernels.vectors import (
     pair_products,
     prefetch,
     splat,
+    split_pairs,
+    split_products,
     spread,
     store,
     upper_halves,
@@ -96,6 +98,15 @@ def kind_of(inputs: Any, weights: Any) -> Kind:
             load_inputs=lambda b, p: load(b, p, INTS),
             load_weights=lambda b, p, _: load(b, p, INTS),
             add_products=pair_products,
+        )
+    if inputs == types.int32:
+        return Kind(
+            inputs=2 * LANES,
+            weights=2 * LANES,
+            zero=splat(FLOATS, 0.0),
+            load_inputs=lambda b, p: [load(b, b.gep(p, [I64(at)]), FLOATS) for at in (0, LANES)],
+            load_weights=lambda b, p, _: split_pairs(b, load(b, p, INTS)),
+            add_products=split_products,
         )
     if weights == types.int8 and inputs == types.int16:
         return Kind(
@@ -185,8 +196,9 @@ def add_tile(
     the row; the packed rows have zeros where it meets what was counted before.
 
     x and w are float32 and float32, uint16 (bits of bfloat16) or int16 (bits of float16); uint16
-    and uint16; int16 and int8; int8 and int8, where each sum has 128 times its inputs too much; or
-    int8 and uint8, two weights a byte, with the bits of a bfloat16 scale for 32 of them.
+    and uint16, or the same with x split (int32); int16 and int8; int8 and int8, where each sum has
+    128 times its inputs too much; or int8 and uint8, two weights a byte, with the bits of a
+    bfloat16 scale for 32 of them.
     """
     kind = kind_of(x.dtype, w.dtype)
     height, width = rows.literal_value, columns.literal_value

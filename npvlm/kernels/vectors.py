@@ -102,36 +102,30 @@ def copy_lanes(typing: Any, source: Any, to: Any) -> Any:
 
 
 @intrinsic
-def narrow_lanes(typing: Any, source: Any, to: Any) -> Any:
-    """Sixteen float32 as the bits of the nearest bfloat16, ties to even bits; a nan stays one."""
+def narrow_pairs(typing: Any, source: Any, to: Any) -> Any:
+    """32 float32 rounded to the nearest bfloat16, ties to even bits; a nan stays one.
+
+    Written as their bits in order; or, to int32, as float32 again, every second one and then those
+    between: pairs of bfloat16 are multiplied so where no instruction does it.
+    """
 
     def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
-        store(b, b.trunc(_bfloat16_bits(b, load(b, args[0], INTS)), WORDS), args[1])
+        n = load(b, args[0], ir.VectorType(I32, 2 * LANES))
+        upper = b.lshr(n, splat(n.type, 16))
+        tie = b.add(b.and_(upper, splat(n.type, 1)), splat(n.type, 0x7FFF))
+        rounded = b.lshr(b.add(n, tie), splat(n.type, 16))
+        size = b.and_(n, splat(n.type, 0x7FFFFFFF))
+        nan = b.icmp_unsigned(">", size, splat(n.type, 0x7F800000))
+        bits = b.select(nan, b.or_(upper, splat(n.type, 0x40)), rounded)
+        if to.dtype == types.int32:
+            wide = b.shl(bits, splat(n.type, 16))
+            order = [*range(0, 2 * LANES, 2), *range(1, 2 * LANES, 2)]
+            store(b, lanes(b, wide, wide, order), args[1])
+        else:
+            store(b, b.trunc(bits, PAIRS), args[1])
         return context.get_dummy_value()
 
     return types.void(source, to), codegen
-
-
-@intrinsic
-def round_bfloat16(typing: Any, source: Any, to: Any) -> Any:
-    """Sixteen float32 rounded as by `narrow_lanes`, but kept as float32."""
-
-    def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
-        bits = _bfloat16_bits(b, load(b, args[0], INTS))
-        store(b, b.shl(bits, splat(INTS, 16)), args[1])
-        return context.get_dummy_value()
-
-    return types.void(source, to), codegen
-
-
-def _bfloat16_bits(b: Builder, n: Value) -> Value:
-    """The bits of float32 rounded to bfloat16, in 32-bit lanes."""
-    upper = b.lshr(n, splat(INTS, 16))
-    tie = b.add(b.and_(upper, splat(INTS, 1)), splat(INTS, 0x7FFF))
-    rounded = b.lshr(b.add(n, tie), splat(INTS, 16))
-    size = b.and_(n, splat(INTS, 0x7FFFFFFF))
-    nan = b.icmp_unsigned(">", size, splat(INTS, 0x7F800000))
-    return b.select(nan, b.or_(upper, splat(INTS, 0x40)), rounded)
 
 
 @intrinsic
@@ -288,10 +282,21 @@ def _neighbours(b: Builder, v: Value) -> Value:
 def pair_products(b: Builder, total: Value, x: Value, y: Value) -> Value:
     """Add to each lane of `total` the products of its two pairs of bfloat16, given as 32 bits.
 
-    Only for a CPU with the instruction for it, which takes numbers below 2**-126 as zero.
+    By the instruction for it, which takes numbers below 2**-126 as zero.
     """
     kind = ir.FunctionType(FLOATS, [FLOATS, INTS, INTS])
     return b.call(_function(b, "llvm.x86.avx512bf16.dpbf16ps.512", kind), [total, x, y])
+
+
+def split_pairs(b: Builder, bits: Value) -> tuple[Value, Value]:
+    """Pairs of bfloat16, given as 32 bits, as float32: the first of each pair, and the second."""
+    first, second = b.shl(bits, splat(INTS, 16)), b.and_(bits, splat(INTS, -65536))
+    return b.bitcast(first, FLOATS), b.bitcast(second, FLOATS)
+
+
+def split_products(b: Builder, total: Value, x: Any, y: Any) -> Value:
+    """The same as `pair_products` of pairs that are split: in the instruction's own order."""
+    return fma(b, x[0], y[0], fma(b, x[1], y[1], total))
 
 
 def _function(b: Builder, name: str, kind: ir.FunctionType) -> Value:
