@@ -269,6 +269,92 @@ def heads_interleaved(port: Port) -> None:
         attn.forward = forward_of(attn)
 
 
+def heads_not_joined(port: Port) -> None:
+    """Heads first when they are laid side by side."""
+
+    def forward_of(attn: nn.Module) -> Callable[..., Any]:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2)
+
+        def forward(hidden_states: Tensor, **rest: Any) -> tuple[Tensor, None]:
+            q, k, v = (heads(p(hidden_states)) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+            mixed = torch.softmax(q @ k.mT * attn.scale, -1) @ v  # [1, H, P, d]
+            return attn.out_proj(mixed.reshape(hidden_states.shape)), None
+
+        return forward
+
+    for attn in attention(port.tower):
+        attn.forward = forward_of(attn)
+
+
+def other_norm(change: Callable[[Tensor, nn.Module], Tensor]) -> Plant:
+    """Norm the rows of the tower in another way."""
+
+    def forward_of(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: change(x, norm)
+
+    def plant(port: Port) -> None:
+        for norm in norms(port.tower):
+            norm.forward = forward_of(norm)
+
+    return plant
+
+
+def by_less(x: Tensor, norm: nn.Module) -> Tensor:
+    deviation = torch.sqrt(x.var(-1, correction=1, keepdim=True) + norm.eps)
+    return (x - x.mean(-1, keepdim=True)) / deviation * norm.weight + norm.bias
+
+
+def rms(x: Tensor, norm: nn.Module) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
+
+
+def tower_norms_swapped(port: Port) -> None:
+    for layer in port.tower.encoder.layers:
+        one, two = layer.layer_norm1, layer.layer_norm2
+        one.weight, two.weight, one.bias, two.bias = two.weight, one.weight, two.bias, one.bias
+
+
+def queries_and_keys_swapped(port: Port) -> None:
+    for attn in attention(port.tower):
+        swapped(attn.q_proj, attn.k_proj)
+        attn.q_proj.bias, attn.k_proj.bias = attn.k_proj.bias, attn.q_proj.bias
+
+
+def rewired_tower(
+    wiring: Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], Tensor],
+) -> Plant:
+    """Put the parts of every layer of the tower together in another way."""
+
+    def forward_of(layer: nn.Module) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, attention_mask: Any = None, **rest: Any) -> Tensor:
+            def attend(x: Tensor) -> Tensor:
+                return layer.self_attn(hidden_states=x, attention_mask=attention_mask)[0]
+
+            return wiring(layer, hidden_states, attend)
+
+        return forward
+
+    def plant(port: Port) -> None:
+        for layer in port.tower.encoder.layers:
+            layer.forward = forward_of(layer)
+
+    return plant
+
+
+def first_residual_missing(
+    layer: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor]
+) -> Tensor:
+    x = attend(layer.layer_norm1(x))
+    return x + layer.mlp(layer.layer_norm2(x))
+
+
+def second_residual_early(
+    layer: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor]
+) -> Tensor:
+    return x + layer.mlp(layer.layer_norm2(x + attend(layer.layer_norm1(x))))
+
+
 def bias_missing(port: Port) -> None:
     for attn in attention(port.tower):
         zeroed(attn.q_proj.bias, attn.k_proj.bias, attn.v_proj.bias)
@@ -295,6 +381,44 @@ TOWER = (
         weights(lambda port: zeroed(port.tower.embeddings.position_embedding.weight)),
     ),
     Mistake("positions_shifted", f"{V}.embeddings", positions_shifted),
+    Mistake(
+        "positions_scaled",
+        f"{V}.embeddings",
+        weights(
+            lambda port: port.tower.embeddings.position_embedding.weight.mul_(
+                math.sqrt(port.tower.config.hidden_size)
+            )
+        ),
+    ),
+    Mistake("vit_norm", f"{V0}.layer_norm1", other_norm(by_less), note="D - 1"),
+    Mistake("vit_norm", f"{V0}.layer_norm1", other_norm(rms), note="RMSNorm"),
+    Mistake("norms_swapped", f"{V0}.layer_norm1", tower_norms_swapped),
+    Mistake("qk_swapped", f"{V0}.self_attn.q_proj", queries_and_keys_swapped),
+    Mistake("heads_not_joined", f"{V0}.self_attn.attend", heads_not_joined),
+    Mistake(
+        "residual_missing",
+        f"{V0}.layer_norm2",
+        rewired_tower(first_residual_missing),
+        note="attention's",
+    ),
+    Mistake(
+        "residual_missing",
+        V0,
+        rewired_tower(second_residual_early),
+        note="from the layer's input",
+    ),
+    Mistake(
+        "vit_activation",
+        f"{V0}.mlp.gelu",
+        lambda port: assign(mlps(port.tower), activation_fn=nn.SiLU()),
+        note="silu",
+    ),
+    Mistake(
+        "vit_activation",
+        f"{V0}.mlp.gelu",
+        lambda port: assign(mlps(port.tower), activation_fn=nn.ReLU()),
+        note="relu",
+    ),
     Mistake("vit_eps", f"{V0}.layer_norm1", lambda port: assign(norms(port.tower), eps=1e-5)),
     Mistake(
         "vit_gelu_erf",
@@ -320,6 +444,14 @@ TOWER = (
         "vit_scale_width",
         f"{V0}.self_attn.attend",
         lambda port: assign(attention(port.tower), scale=port.tower.config.hidden_size**-0.5),
+    ),
+    Mistake(
+        "vit_scale_width",
+        f"{V0}.self_attn.attend",
+        lambda port: assign(
+            attention(port.tower), scale=port.tower.config.num_attention_heads**-0.5
+        ),
+        note="heads",
     ),
     Mistake(
         "post_layernorm_missing",

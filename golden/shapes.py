@@ -16,7 +16,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -73,7 +73,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, its true answer, and for detection the things that the answer names."""
+    """A prompt, its true answer, and for boxes and masks the things that the answer names."""
 
     task: str
     prompt: str
@@ -210,17 +210,36 @@ def detect(scene: Scene, rng: Random, most: int | None = None) -> Question:
 
     With `most`, so many labels are drawn, and those that come up again are dropped.
     """
+    labels = _labels(scene, rng, most or rng.choice([1, 1, 2, 3]))
+    things = _named(scene, labels)
+    answer = " ; ".join(f"{location(thing.box)} {thing.label}" for thing in things)
+    return Question("detect", f"detect {' ; '.join(labels)}", answer, things)
+
+
+def segment(scene: Scene, rng: Random, tokens: Callable[[Thing], str]) -> Question:
+    """Ask for the outlines of one label, or of two; `tokens` writes the mask of a thing."""
+    labels = _labels(scene, rng, rng.choice([1, 1, 1, 2]))
+    things = _named(scene, labels)
+    parts = (f"{location(thing.box)}{tokens(thing)} {thing.label}" for thing in things)
+    return Question("segment", f"segment {' ; '.join(labels)}", " ; ".join(parts), things)
+
+
+def _labels(scene: Scene, rng: Random, count: int) -> list[str]:
+    """Choose labels, each once."""
     labels: list[str] = []
-    for _ in range(most or rng.choice([1, 1, 2, 3])):
+    for _ in range(count):
         if scene.things and rng.random() < 0.8:
             label = rng.choice(scene.things).label
         else:
             label = f"{rng.choice(list(COLOURS))} {rng.choice(SHAPES)}"
         if label not in labels:
             labels.append(label)
-    things = tuple(thing for label in labels for thing in scene.things if thing.label == label)
-    answer = " ; ".join(f"{location(thing.box)} {thing.label}" for thing in things)
-    return Question("detect", f"detect {' ; '.join(labels)}", answer, things)
+    return labels
+
+
+def _named(scene: Scene, labels: Sequence[str]) -> tuple[Thing, ...]:
+    """The things with these labels, label by label, each time from left to right."""
+    return tuple(thing for label in labels for thing in scene.things if thing.label == label)
 
 
 def count(scene: Scene, rng: Random) -> Question:

@@ -63,11 +63,24 @@ def train_tokenizer() -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
 
 
-def published_config(tokenizer: sentencepiece.SentencePieceProcessor) -> dict:
-    """Give config.json: the fields of published ones, and those whose defaults do not fit."""
+def published_config(tokenizer: sentencepiece.SentencePieceProcessor, family: int = 1) -> dict:
+    """Give config.json: the fields of published ones, and those whose defaults do not fit.
+
+    In family 2 the window is shorter than any prefix, there are two key/value heads, and the scale
+    of the scores is not that of the heads' width.
+    """
     image_id = tokenizer.vocab_size()
     vocab_size = -(-(image_id + 1) // 64) * 64
     tokens = (IMAGE_SIZE // PATCH_SIZE) ** 2
+    gemma2 = {
+        "model_type": "gemma2",
+        "num_key_value_heads": 2,
+        "query_pre_attn_scalar": 40,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 48,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",
@@ -91,6 +104,7 @@ def published_config(tokenizer: sentencepiece.SentencePieceProcessor) -> dict:
             "num_image_tokens": tokens,
             "vocab_size": vocab_size,
             "torch_dtype": "bfloat16",
+            **(gemma2 if family == 2 else {}),
         },
         "vision_config": {
             "model_type": "siglip_vision_model",

@@ -1,10 +1,16 @@
-"""Train the bundled model `shapes`: a small PaliGemma that knows drawn shapes and digits.
+"""Train the bundled models: `shapes`, a small PaliGemma that knows drawn shapes and digits, and
+`shapes2`, the same as a PaliGemma 2.
 
-python golden/train_shapes.py --minutes 80 --checkpoint FOLDER --save npvlm/bundled/shapes
+python golden/train_masks.py --checkpoint MASKS --save npvlm/bundled/vae.safetensors
+python golden/train_shapes.py --masks MASKS/masks.pt --minutes 100 --checkpoint RUN \
+    --save npvlm/bundled/shapes
+python golden/train_shapes.py --masks MASKS/masks.pt --family 2 --start npvlm/bundled/shapes \
+    --minutes 60 --checkpoint RUN2 --save npvlm/bundled/shapes2
 
 Stopped and started again with the same folder, it goes on where it was. With --steps in place of
 --minutes the run does not depend on the machine's speed. A budget that is used up already trains
-nothing and saves what the folder holds.
+nothing and saves what the folder holds. --start begins with the weights of a finished model: all of
+them, or where the families differ the image tower and the table of embeddings.
 
 What comes out is a plain PaliGemma. Four things that help it learn leave no trace in the file:
 
@@ -24,7 +30,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -34,15 +40,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golden import shapes, shapes_folder
+from golden.mask_vae import MaskVae
 from golden.muon import Muon
 from golden.patch_heads import PatchHeads, patch_targets
 from golden.shapes import SIZE, Question, Scene
+from golden.train_masks import as_numbers
+from npvlm.work.scenes import Thing, mask_of
 
 LOCATIONS = 1024
 LOC_WIDTH = (6.0, 1.5)  # standard deviation of a location's target in bins, at first and at last
@@ -65,7 +75,9 @@ class Example:
     weights: list[float]
 
 
-def training_questions(scene: Scene, rng: Random) -> list[Question]:
+def training_questions(
+    scene: Scene, rng: Random, mask_tokens: Callable[[Thing], str]
+) -> list[Question]:
     """Ask a handful: where, and in what order, takes longer to learn than how many."""
     if scene.digits:
         asked = [shapes.ocr(scene)]
@@ -73,10 +85,13 @@ def training_questions(scene: Scene, rng: Random) -> list[Question]:
             asked.append(shapes.caption(scene))
         if rng.random() < 0.15:
             asked.append(rng.choice([shapes.detect, shapes.count])(scene, rng))
+        if rng.random() < 0.05:
+            asked.append(shapes.segment(scene, rng, mask_tokens))
         return asked
     asked = [shapes.caption(scene), shapes.detect(scene, rng), shapes.count(scene, rng)]
     asked.append(shapes.colour(scene, rng) or shapes.count(scene, rng))
     asked.append(shapes.detect(scene, rng, 4) if rng.random() < 0.9 else shapes.ocr(scene))
+    asked.append(shapes.segment(scene, rng, mask_tokens))
     return asked
 
 
@@ -86,6 +101,22 @@ def example(picture: int, question: Question, tokenizer: SentencePieceProcessor)
     answer = [*tokenizer.encode(question.answer), tokenizer.eos_id()]
     first = {"count": 4.0, "colour": 3.0, "ocr": 1.5}.get(question.task, 1.0)
     return Example(picture, question.task, prompt, answer, [first, *[1.0] * (len(answer) - 1)])
+
+
+class MaskTokens:
+    """Writes the mask of a thing as its sixteen `<seg...>` tokens."""
+
+    def __init__(self, file: Path):
+        self.vae = MaskVae()
+        self.vae.load_state_dict(torch.load(file, weights_only=True)["vae"])
+        self.known: dict[tuple[str, int, int], str] = {}
+
+    def __call__(self, thing: Thing) -> str:
+        kind = thing.shape, thing.x1 - thing.x0, thing.y1 - thing.y0  # the mask knows nothing more
+        if kind not in self.known:
+            codes = self.vae.encode(torch.tensor(as_numbers(mask_of(thing)))[None])[0]
+            self.known[kind] = "".join(f"<seg{code:03d}>" for code in codes.tolist())
+        return self.known[kind]
 
 
 def pixels(scenes: Sequence[Scene], side: int) -> Tensor:
@@ -119,6 +150,17 @@ def build_model(
         both = torch.cat([line.repeat(grid, 1), line.repeat_interleave(grid, 0)], 1)
         places.copy_(0.3 * both)
     return model
+
+
+def start_from(model: nn.Module, folder: Path) -> None:
+    """Take over the weights of a finished model; of another family those outside of the layers."""
+    stored = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    alike = config["text_config"]["model_type"] == model.config.text_config.model_type
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if alike or "language_model.layers" not in name:
+                p.copy_(stored[shapes_folder.published_name(name)])
 
 
 def waves(at: Tensor, count: int, highest: float) -> Tensor:
@@ -155,19 +197,22 @@ def answer_states(
         answering[b, len(e.prompt) - 1 : len(text)] = True
     x = torch.cat([images[[e.picture for e in examples]], language.embed_tokens(ids)], 1)
     T = P + width
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    visible = (causal | (prefix[:, :, None] & prefix[:, None, :]))[:, None]  # [B, 1, T, T]
+    config, causal = language.config, torch.ones(T, T, dtype=torch.bool).tril()
+    near = causal.triu(1 - (getattr(config, "sliding_window", None) or T))
+    among = prefix[:, :, None] & prefix[:, None, :]
+    visible = {"full_attention": causal | among, "sliding_attention": near | among}  # [B, T, T]
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(language.layers)
     cos, sin = language.rotary_emb(x, torch.arange(1, T + 1)[None])
-    for layer in language.layers:
+    for layer, kind in zip(language.layers, kinds, strict=True):
         first = P if layer is language.layers[-1] else 0
-        x = decoder_layer(layer, x, visible, cos[:, None], sin[:, None], first)
+        x = decoder_layer(layer, x, visible[kind][:, None], cos[:, None], sin[:, None], first)
     return language.norm(x[answering])
 
 
 def decoder_layer(
     layer: nn.Module, x: Tensor, visible: Tensor, cos: Tensor, sin: Tensor, first: int
 ) -> Tensor:
-    """Run one Gemma layer for the rows from `first` on; they see all rows.
+    """Run one layer of Gemma 1 or 2 for the rows from `first` on; they see all rows.
 
     x [B, T, D], visible [B, 1, T, T], cos and sin [1, 1, T, d] -> [B, T - first, D]
     """
@@ -178,10 +223,25 @@ def decoder_layer(
     k = attention.k_proj(seen).view(B, T, -1, d).transpose(1, 2)
     v = attention.v_proj(seen).view(B, T, -1, d).transpose(1, 2)
     q, k = rotate(q, cos[:, :, first:], sin[:, :, first:]), rotate(k, cos, sin)
-    k, v = (heads.expand(-1, q.shape[1], -1, -1) for heads in (k, v))  # K is 1
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, :, first:])
-    x = x[:, first:] + attention.o_proj(mixed.transpose(1, 2).reshape(B, T - first, -1))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v))
+    cap = getattr(attention, "attn_logit_softcapping", None)
+    mixed = attend(q, k, v, visible[:, :, first:], attention.scaling, cap)
+    gathered = attention.o_proj(mixed.transpose(1, 2).reshape(B, T - first, -1))
+    if not hasattr(layer, "post_feedforward_layernorm"):
+        x = x[:, first:] + gathered
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+    x = x[:, first:] + layer.post_attention_layernorm(gathered)
+    return x + layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(x)))
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, cap: float | None
+) -> Tensor:
+    """Mix values by scores, soft-capped if there is a cap. q, k and v [B, H, T, d] -> alike"""
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+    scores = cap * torch.tanh(q @ k.mT * (scale / cap))
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ v
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -224,10 +284,14 @@ class Trainer:
         self.given, self.rank = given, rank
         self.tokenizer = shapes_folder.train_tokenizer()
         self.loc_id = self.tokenizer.piece_to_id("<loc0000>")
-        config = shapes_folder.published_config(self.tokenizer)
+        config = shapes_folder.published_config(self.tokenizer, given.family)
         self.model = build_model(config, self.loc_id, given.seed)
+        if given.start:
+            start_from(self.model, given.start)
+        self.mask_tokens = MaskTokens(given.masks)
         vision = self.model.config.vision_config
         self.side, self.grid = vision.image_size, vision.image_size // vision.patch_size
+        self.cap = getattr(self.model.config.text_config, "final_logit_softcapping", None)
         self.heads = PatchHeads(vision.hidden_size)
         matrices, others = [], []
         for name, p in self.model.named_parameters():
@@ -283,7 +347,7 @@ class Trainer:
         examples = [
             example(n, question, self.tokenizer)
             for n, scene in enumerate(scenes)
-            for question in training_questions(scene, rng)
+            for question in training_questions(scene, rng, self.mask_tokens)
         ]
         logits, examples = self.answer_logits(features, examples)
         targets = torch.tensor([token for e in examples for token in e.answer])
@@ -305,7 +369,8 @@ class Trainer:
         size = self.given.chunk
         chunks = [ordered[i : i + size] for i in range(0, len(ordered), size)]
         states = torch.cat([answer_states(self.model, images, chunk) for chunk in chunks])
-        return self.model.lm_head(states), ordered
+        logits, cap = self.model.lm_head(states), self.cap
+        return logits if cap is None else cap * torch.tanh(logits / cap), ordered
 
     def share_gradients(self) -> None:
         """Give every worker the mean gradient, and one clock, since it sets the learning rate."""
@@ -334,6 +399,11 @@ class Trainer:
         scenes = [shapes.draw_scene("held out", CHECK_SEED, i) for i in range(count)]
         rng = Random("check")
         asked = [(n, q) for n, scene in enumerate(scenes) for q in shapes.exam(scene, rng)]
+        asked += [
+            (n, shapes.segment(scene, rng, self.mask_tokens))
+            for n, scene in enumerate(scenes)
+            if scene.things
+        ]
         examples = [example(n, question, self.tokenizer) for n, question in asked]
         features = self.model.model.vision_tower(pixels(scenes, self.side)).last_hidden_state
         logits, examples = self.answer_logits(features, examples)
@@ -424,6 +494,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, kind, default, text in (
         ("--checkpoint", Path, None, "folder to keep the run in, and to go on from"),
+        ("--masks", Path, None, "what train_masks.py keeps: it writes a mask as tokens"),
+        ("--family", int, 1, "1 or 2: the graph of PaliGemma or of PaliGemma 2"),
+        ("--start", Path, None, "folder of a finished model to begin with"),
         ("--save", Path, None, "folder for the finished model"),
         ("--seed", int, 0, "of the weights, the pictures and the questions"),
         ("--lr", float, 3e-3, "learning rate, from which it falls to 0 in a line"),
@@ -437,7 +510,7 @@ def main() -> None:
         ("--workers", int, 2 if device == "cpu" else 1, "processes that share a step"),
         ("--port", int, 29511, "where the workers meet, on this machine"),
     ):
-        required = name == "--checkpoint"
+        required = name in ("--checkpoint", "--masks")
         parser.add_argument(name, type=kind, default=default, help=text, required=required)
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the workers end, too

@@ -138,7 +138,7 @@ def _with_nan(value: Array) -> Array:
 KINDS: dict[str, tuple[str, Callable[[Array], Array], str]] = {
     "scale": (WIDE, lambda v: v * np.float32(0.5), "0.5 times"),
     "constant": (WIDE, np.zeros_like, "every number is 0"),
-    "nan": (WIDE, _with_nan, "1 of"),
+    "nan": (WIDE, _with_nan, "1 nan among"),
     "shape": (WIDE, lambda v: v[:-1, :-1], "expected ["),
     "dtype": (WIDE, lambda v: np.round(v * 10).astype(np.int32), "I32"),
     "permutation": (WIDE, lambda v: v[::-1].copy(), "rows are"),

@@ -22,7 +22,7 @@ from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.names import expected_shapes
 from npvlm.files.pictures import open_picture, pixel_values
 from npvlm.porting import kit as module
-from npvlm.porting.compare import compare
+from npvlm.porting.compare import compare, model_of
 from npvlm.porting.dumps import open_dump, save_trace
 from npvlm.porting.kit import PROMPT, kit
 from npvlm.porting.kit_page import STEPS
@@ -54,7 +54,7 @@ def page(made: Path) -> str:
 
 
 def commands(page: str) -> list[list[str]]:
-    """What each step's command has behind `npvlm compare`: reference, mine, --only, globs."""
+    """Behind each step's `npvlm compare`: reference, mine, --complete, --only, globs."""
     return [shlex.split(line) for line in COMMAND.findall(page)]
 
 
@@ -135,7 +135,7 @@ def test_every_reference_named_is_there_and_every_glob_fits_a_stage_of_it(
     made: Path, page: str
 ) -> None:
     for name in MODELS:
-        for reference, _, _, only in commands(page.replace("pg1", name)):
+        for reference, _, _, _, only in commands(page.replace("pg1", name)):
             described = open_dump(made / reference).described()
             for pattern in only.split(","):
                 assert any(chosen(stage, pattern) for stage in described), (reference, pattern)
@@ -181,16 +181,40 @@ def test_a_kit_of_one_family_says_nothing_of_the_other(tmp_path: Path) -> None:
 # Goldens
 
 
+@pytest.mark.parametrize("ops", ["numpy", "kernels"])  # kernels have other sums than the goldens'
 @pytest.mark.parametrize("name", MODELS)
-def test_a_correct_port_passes_every_step(made: Path, page: str, name: str, tmp_path: Path) -> None:
-    model = npvlm.load(made / "models" / name)  # the kernels: other sums than the goldens'
+def test_a_correct_port_passes_every_step(
+    made: Path, page: str, name: str, ops: str, tmp_path: Path
+) -> None:
+    model = npvlm.load(made / "models" / name, ops=ops)
     step = json.loads((made / "goldens" / name / "step.json").read_text())["step"]
     for number, folder in ((0, "mine"), (step, "mine-step")):
         found = trace(model, made / "pictures" / "photo.png", PROMPT, step=number)
         save_trace(found, tmp_path / folder, {})
-    for reference, mine, _, only in commands(page.replace("pg1", name)):
-        report = compare(made / reference, tmp_path / mine, only=only)
+    for reference, mine, flag, _, only in commands(page.replace("pg1", name)):
+        assert flag == "--complete"
+        complete = ops == "numpy"  # kernels have no gate_proj and up_proj of their own
+        report = compare(made / reference, tmp_path / mine, only=only, complete=complete)
         assert report.verdict.same, report.verdict.sentence
+
+
+def test_a_step_is_not_passed_with_a_stage_that_is_missing(made: Path, tmp_path: Path) -> None:
+    model = npvlm.load(made / "models" / "pg1")
+    found = trace(model, made / "pictures" / "photo.png", PROMPT)
+    del found.stages["vision_tower.vision_model.post_layernorm"]
+    save_trace(found, tmp_path / "mine", {})
+    golden, only = made / "goldens" / "pg1" / "prefill.safetensors", STEPS[5].only
+    assert compare(golden, tmp_path / "mine", only=only, complete=True).verdict.kind == "missing"
+    loose = compare(golden, tmp_path / "mine", only=only).verdict
+    assert loose.same and loose.sentence.endswith(
+        "Not in the dump: vision_tower.vision_model.post_layernorm."
+    )
+
+
+def test_the_models_of_a_kit_are_found_from_any_folder(made: Path) -> None:
+    for name in MODELS:
+        found = model_of(made / "goldens" / name / "prefill.safetensors")
+        assert found is not None and Path(found.name) == made / "models" / name
 
 
 @pytest.mark.parametrize("name", MODELS)

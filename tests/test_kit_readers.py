@@ -90,7 +90,7 @@ def bump(value: Array, at: int, by: float) -> Array:
 def test_a_golden_is_the_same_as_itself(run: Run, golden: Path) -> None:
     done = run(golden, golden)
     count = len(open_dump(golden).dtypes)
-    assert done.stdout == f"OK: {count} of {count} stages are the same\n"
+    assert done.stdout == f"OK: {count} of the golden's {count} stages compared, all the same\n"
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -103,7 +103,8 @@ def test_a_correct_port_in_float32_is_the_same(
     save_trace(found, tmp_path / "mine.safetensors", {})
     done = run(made / "goldens" / name / "prefill.safetensors", tmp_path / "mine.safetensors")
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.fullmatch(r"OK: (\d+) of (\d+) stages are the same\n", done.stdout)
+    said = r"OK: (\d+) of the golden's (\d+) stages compared, all the same\n"
+    assert re.fullmatch(said, done.stdout)
 
 
 def test_their_limit_is_above_that_of_compare_in_float32(made: Path) -> None:

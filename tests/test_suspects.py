@@ -100,6 +100,7 @@ def port(ref: Reference, mistake: str = "") -> Stages:
     if mistake == "imagenet_norm":
         mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     x = x if mistake == "range_0_1" else (x - mean) / std
+    x = 127.5 * x if mistake == "range_other" else x
     pixels = x.transpose(2, 0, 1)
     if mistake == "conv_hwc:pixels":
         pixels = x.reshape(pixels.shape)
@@ -164,7 +165,11 @@ def prepared(rgb: Array, R: int, mistake: str) -> Array:
         image = Image.new("RGB", (R, R))
         image.paste(small, (0, (R - small.height) // 2))
         return np.asarray(image)
-    filters = {"nearest": 0, "lanczos": 1, "bilinear": 2}
+    filters = {"nearest": 0, "lanczos": 1, "bilinear": 2, "other_filter": 4}
+    if mistake == "not_rounded":
+        layers = [Image.fromarray(rgb[..., i].astype(np.float32)) for i in range(3)]
+        layers = [layer.resize((R, R), Image.Resampling.BICUBIC) for layer in layers]
+        return np.stack([np.asarray(layer) for layer in layers], -1).clip(0, 255)
     if mistake == "no_antialias":
         return unsmoothed(rgb, R)
     found = np.asarray(image.resize((R, R), Image.Resampling(filters.get(mistake, 3))))
@@ -210,6 +215,8 @@ def tower(
     table = w[f"{TOWER}.embeddings.position_embedding.weight"]
     if mistake == "positions_shifted":
         table = np.concatenate([table[1:], table[-1:]])
+    if mistake == "positions_scaled":
+        table = table * math.sqrt(table.shape[1])
     x = x if mistake == "positions_missing" else x + table
     out[f"{TOWER}.embeddings"] = x[None]
     for i in range(vision.num_hidden_layers):
@@ -231,12 +238,20 @@ def tower_layer(
     name, vision = f"{TOWER}.encoder.layers.{i}", ref.model.config.vision_config
     eps = 1e-5 if mistake == "vit_eps" else vision.layer_norm_eps
 
+    def norm(y: Array, where: str) -> Array:
+        if mistake == "norms_swapped":
+            where = {"layer_norm1": "layer_norm2", "layer_norm2": "layer_norm1"}[where]
+        less = 1 if mistake == "vit_norm" else 0
+        return layer_normed(y, w, f"{name}.{where}", eps, less)
+
     def product(y: Array, where: str) -> Array:
+        if mistake == "qk_swapped" and where.endswith(("q_proj", "k_proj")):
+            where = where.translate({ord("q"): "k", ord("k"): "q"})
         y = y @ w[f"{name}.{where}.weight"].T
         missing = mistake == "vit_bias_missing" and "self_attn" in where
         return y if missing else y + w[f"{name}.{where}.bias"]
 
-    normed = out[f"{name}.layer_norm1"] = layer_normed(x, w, f"{name}.layer_norm1", eps)
+    normed = out[f"{name}.layer_norm1"] = norm(x, "layer_norm1")
     heads = []
     for part in ("q", "k", "v"):
         y = out[f"{name}.self_attn.{part}_proj"] = product(normed, f"self_attn.{part}_proj")
@@ -251,13 +266,15 @@ def tower_layer(
     scores = q @ k.transpose(0, 2, 1) * scale.get(mistake, d**-0.5)
     if mistake == "vit_causal":
         scores = np.where(np.tri(P, dtype=bool), scores, -np.inf)
-    y = (softmax(scores) @ v).transpose(1, 0, 2)  # [P, H, d]
+    y = softmax(scores) @ v  # [H, P, d]
+    y = y.reshape(P, H, d) if mistake == "heads_not_joined" else y.transpose(1, 0, 2)
     out[f"{name}.self_attn.attend"] = y
     y = out[f"{name}.self_attn"] = product(y.reshape(P, -1), "self_attn.out_proj")
-    x = normed + y if mistake == "residual_normed:tower" else x + y
-    normed = out[f"{name}.layer_norm2"] = layer_normed(x, w, f"{name}.layer_norm2", eps)
+    stream = normed if mistake == "residual_normed:tower" else x
+    x = y if mistake == "residual_missing" else stream + y
+    normed = out[f"{name}.layer_norm2"] = norm(x, "layer_norm2")
     y = out[f"{name}.mlp.fc1"] = product(normed, "mlp.fc1")
-    y = out[f"{name}.mlp.gelu"] = bent(y, mistake[4:] if mistake.startswith("vit_") else "")
+    y = out[f"{name}.mlp.gelu"] = bent(y, VIT_BENT.get(mistake, ""))
     y = out[f"{name}.mlp"] = product(y, "mlp.fc2")
     x = out[name] = x + y
     return x
@@ -360,6 +377,8 @@ def attended(q: Array, k: Array, v: Array, i: int, ref: Reference, mistake: str)
 def turned(x: Array, places: Array, mistake: str) -> Array:
     """Each pair of a head as a complex number, times one of length one."""
     d = x.shape[-1]
+    if mistake == "rope_missing":
+        return x
     base = 1e6 if mistake == "rope_base" else 1e4
     turn = np.exp(1j * places[:, None] * base ** (-2 * np.arange(d // 2) / d))[:, None]
     if mistake == "rope_pairs":
@@ -367,6 +386,13 @@ def turned(x: Array, places: Array, mistake: str) -> Array:
         return np.stack([pairs.real, pairs.imag], -1).reshape(x.shape)
     pairs = (x[..., : d // 2] + 1j * x[..., d // 2 :]) * turn
     return np.concatenate([pairs.real, pairs.imag], -1)
+
+
+VIT_BENT = {
+    "vit_gelu_erf": "gelu_erf",
+    "vit_gelu_sigmoid": "gelu_sigmoid",
+    "vit_activation": "gelu_silu",
+}
 
 
 def bent(x: Array, mistake: str) -> Array:
@@ -384,8 +410,9 @@ def softmax(x: Array) -> Array:
     return grown / grown.sum(-1, keepdims=True)
 
 
-def layer_normed(x: Array, w: Mapping[str, Array], name: str, eps: float) -> Array:
-    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
+def layer_normed(x: Array, w: Mapping[str, Array], name: str, eps: float, less: int = 0) -> Array:
+    deviation = np.sqrt(x.var(-1, keepdims=True, ddof=less) + eps)
+    normed = (x - x.mean(-1, keepdims=True)) / deviation
     return normed * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
@@ -398,13 +425,17 @@ def rms_normed(x: Array, weight: Array, eps: float, mistake: str) -> Array:
 
 
 EVERYWHERE = (
-    "bgr range_0_1 imagenet_norm centre_crop letterbox nearest bilinear no_antialias lanczos "
+    "bgr range_0_1 range_other imagenet_norm centre_crop letterbox nearest bilinear no_antialias "
+    "lanczos other_filter not_rounded "
     "transposed_picture flipped_picture conv_hwc:pixels bos_first newline_twice image_after_text "
-    "conv_hwc patch_columns positions_missing positions_shifted vit_eps vit_gelu_erf "
+    "conv_hwc patch_columns positions_missing positions_shifted positions_scaled vit_eps "
+    "vit_norm norms_swapped qk_swapped heads_not_joined residual_missing vit_activation "
+    "vit_gelu_erf "
     "vit_gelu_sigmoid vit_causal vit_scale_missing vit_scale_width vit_bias_missing "
     "vit_bias_missing:patches heads_interleaved post_layernorm_missing projector_bias_missing "
     "image_divided_by_sqrt image_scaled text_unscaled text_scaled_by_tower features_normalised "
-    "rms_weight rms_eps rope_pairs rope_base rope_shift positions_restart causal_prefix "
+    "rms_weight rms_eps rope_missing rope_pairs rope_base rope_shift positions_restart "
+    "causal_prefix "
     "scale_missing scale_width gelu_erf gelu_silu gelu_on_up residual_normed "
     "residual_normed:tower residual_normed:mlp final_norm_missing layer_skipped layer_order "
     "kv_swapped weight_transposed weight_of_other_layer norm_not_loaded bf16_as_fp16"
@@ -432,7 +463,7 @@ SHOWN = {
 NEEDS_WEIGHTS = (
     "conv_hwc patch_columns vit_bias_missing vit_bias_missing:patches projector_bias_missing "
     "layer_skipped layer_order pre_post_confused weight_transposed weight_of_other_layer "
-    "bf16_as_fp16"
+    "bf16_as_fp16 norms_swapped qk_swapped"
 )
 
 

@@ -7,24 +7,19 @@ from pathlib import Path
 
 import click
 
-from npvlm.cli.options import open_model, threads_option
+from npvlm.cli.options import CLAIMS, claim_option, open_model, threads_option
 
 
 @click.command()
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.argument("mine", type=click.Path(path_type=Path))
-@click.option(
-    "--as",
-    "precision",
-    type=click.Choice(["float32", "bfloat16", "float16", "int8"]),
-    help="What the port computes in.  [default: what its arrays are stored in]",
-)
+@claim_option
 @click.option(
     "--map",
     "names",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help='TOML or JSON: stage = "name in MINE"; {i} stands for a layer number.',
+    help='TOML or JSON: "language_model.model.norm" = "final"; {i} stands for a layer number.',
 )
 @click.option("--only", metavar="GLOBS", help='Stages to compare, such as "*.layers.0.*".')
 @click.option("--complete", is_flag=True, help="A stage that MINE does not have is a difference.")
@@ -66,7 +61,7 @@ def compare(
     and layouts are matched where they are those of a known implementation. The first stage that is
     wrong is named, with its likely cause.
 
-    Exit codes: 0 the same, 1 they differ, 2 bad use.
+    Exit codes: 0 the same, 1 they differ, 2 bad use, 3 a file that cannot be read.
     """
     from npvlm.porting.compare import compare as run
     from npvlm.porting.compare import model_of
@@ -77,7 +72,7 @@ def compare(
     report = run(
         reference,
         mine,
-        precision=precision,
+        precision=CLAIMS[precision] if precision else None,
         names=read_map(names) if names else None,
         only=only,
         complete=complete,

@@ -78,6 +78,21 @@ def precision_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+# What a port may be said to compute in, with the names that others have for it.
+CLAIMS = {name: name for name in ("float32", "bfloat16", "float16", "int8")}
+CLAIMS |= {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def claim_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --as."""
+    return click.option(
+        "--as",
+        "precision",
+        type=click.Choice(list(CLAIMS)),
+        help="What the port computes in.  [default: what its arrays are stored in]",
+    )(command)
+
+
 def ops_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --ops."""
     return click.option(

@@ -11,6 +11,7 @@ import click
 from npvlm.cli.options import model_option, open_model, precision_option, threads_option
 
 if TYPE_CHECKING:
+    from npvlm.api import Model
     from npvlm.porting.trace import Trace
 
 
@@ -80,13 +81,17 @@ def trace(
         click.echo(f"npvlm: {save} is written.", err=True)
     if as_json:
         click.echo(json.dumps(manifest(found, {})))
-    elif save is None:
-        _show(found)
+    else:
+        _show(found, opened)
 
 
-def _show(found: Trace) -> None:
-    """A line for each stage."""
+def _show(found: Trace, model: Model) -> None:
+    """A line for each stage, and the token that follows."""
     from npvlm.porting.statistics import describe
+
+    facts = found.facts
+    call = f"decoding step {facts['step']}" if facts["step"] else "picture and prompt read at once"
+    click.echo(f"{facts['model']}, {facts['prompt']!r}: {call}")
 
     wide = max(len(name) for name in found.stages)
     head = f"{'stage':<{wide}}  {'shape':>13}  {'type':>4}  {'mean':>10}  {'std':>9}  first values"
@@ -100,3 +105,6 @@ def _show(found: Trace) -> None:
             f"{notes['std']:>9.4g}  {first}"
         )
         click.echo(f"{line:<{wide + 90}}{found.sources[name]}")
+    if (scores := found.stages.get("language_model.logits")) is not None:
+        chosen = int(scores[-1].argmax())
+        click.echo(f"next token: {chosen}, {model.tokenizer.decode([chosen])!r}")

@@ -68,6 +68,7 @@ def pack(x: Array, w: Weight) -> Inputs:
     T, I = x.shape
     height = tile_height(T)
     tiles = -(-T // height)
+    kind: Any
     if isinstance(w, Int8 | Int4):
         shifted = isinstance(w, Int8) and BYTE_PRODUCTS
         if isinstance(w, Int4):

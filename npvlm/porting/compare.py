@@ -7,6 +7,7 @@ judged by the noise floor of the stage, in the precision that the port claims.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from npvlm.porting.dumps import Dump, open_dump
 from npvlm.porting.floors import LEAST
 from npvlm.porting.kinds import Kind, best_scale, kind_of, plain
 from npvlm.porting.layouts import FROM_ZERO, PAIRS, Layout, layouts
-from npvlm.porting.names import Found, match, suggest
+from npvlm.porting.names import Found, match, suggest, unmatched
 from npvlm.porting.replay import replay
 from npvlm.porting.stages import EXACT, SCHEMA, chosen
 from npvlm.porting.statistics import rms, sketch
@@ -36,6 +37,10 @@ LOGITS = "language_model.logits"
 UNUSED = 64  # rows that a table may have behind its last token, or lack
 
 BAD = ("DIFF", "SHAPE", "NAN")
+MOST_NAMED = 3  # of several stages, in a sentence
+
+_LAYER = re.compile(r"\.layers\.\d+")
+_STORED = {"BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole comparison."""
+    """The whole comparison.
+
+    run : of which model and prompt the reference is
+    unread : names in the port's dump that are no stage's, each with the one it may be meant for
+    """
 
     reference: str
     mine: str
+    run: str
     precision: str
     rows: list[Row]
+    unread: dict[str, str | None]
     verdict: Verdict
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,9 +105,18 @@ class Report:
             "mine": self.mine,
             "as": self.precision,
             "limit": LIMIT,
-            "stages": [asdict(row) for row in self.rows],
-            "verdict": asdict(self.verdict),
+            "stages": [_finite(asdict(row)) for row in self.rows],
+            "unread": list(self.unread),
+            "verdict": _finite(asdict(self.verdict)),
         }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The same without numbers that JSON has not: an infinite error is null there."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 def compare(
@@ -116,7 +136,8 @@ def compare(
     ----------
     reference : a trace that npvlm saved, compact or not
     mine : the port's dump in any form that `dumps.open_dump` reads
-    precision : what the port computes in; by default what its arrays are stored in
+    precision : what the port computes in; by default what most of its arrays are stored in, and
+        for a single array what that is stored in, if that holds less
     names : for a stage the name of the port's array, before any name is guessed
     only : comma-separated globs of stages
     complete : whether a missing stage is a difference
@@ -142,28 +163,36 @@ def compare(
             f"{model.name} is not the model of {reference}, expected one whose config.json is "
             f"that of {truth.manifest['model']}; name it with --model, or none."
         )
-    entries = {n: e for n, e in truth.described().items() if chosen(n, only)}
-    if not entries:
+    described = truth.described()
+    asked = [name for name in described if chosen(name, only)]
+    if not asked:
         raise UsageError(f"{only!r} names no stage of {reference}; docs/stages.md lists them.")
     held = list(port.dtypes) or list(port.described())
-    found = match(held, list(entries))
-    for stage, name in (names or {}).items():
-        if stage in entries:
-            if name not in held:
-                raise UsageError(f"{mine} has no {name!r}, which the map names for {stage}.")
-            found[stage] = Found(name)
-    if not found:
-        raise UsageError(_nothing_in_common(mine, held, list(entries)))
-    precision = precision or _claimed(port, found)
+    found = match(held, list(described)) | _mapped(names or {}, described, held, mine)
+    if not any(name in found for name in asked):
+        raise UsageError(_nothing_in_common(mine, held, found, list(described)))
+    told, precision = precision, precision or _claimed(port, found)
+
+    def judging(stage: str) -> str:
+        stored = _STORED.get(port.dtypes.get(found[stage].name, "")) if stage in found else None
+        return stored or precision if told is None else told
+
+    # A replay reads what the port shows elsewhere, too.
+    entries = {n: e for n, e in described.items() if n in asked or (replayed and n in found)}
+    if replayed and truth.manifest["step"]:
+        raise UsageError(
+            f"{reference} shows decoding step {truth.manifest['step']}, whose layers read the "
+            "cache, which no stage shows; --replay takes a trace of the prefill."
+        )
 
     judged = {
-        stage: _judge(stage, entry, found.get(stage), truth, port, config, precision)
+        stage: _judge(stage, entry, found.get(stage), truth, port, config, judging(stage))
         for stage, entry in entries.items()
     }
     for stage, refused in _alone({stage: row for stage, (row, _) in judged.items()}):
         entry = entries[stage]
         judged[stage] = _judge(
-            stage, entry, found.get(stage), truth, port, config, precision, refused
+            stage, entry, found.get(stage), truth, port, config, judging(stage), refused
         )
     rows = [row for row, _ in judged.values()]
     values = {stage: value for stage, (_, value) in judged.items() if value is not None}
@@ -174,20 +203,44 @@ def compare(
                 "replay runs; name it with --model."
             )
         rows = _localised(rows, values, model)
+    rows = [row for row in rows if row.stage in asked]
     verdict = _verdict(rows, values, truth, port, config, precision, complete, model)
-    return Report(str(reference), str(mine), precision, rows, verdict)
+    if (other := _other_run(truth.manifest, port.manifest)) and not verdict.same:
+        verdict = replace(verdict, sentence=f"{other} {verdict.sentence}")
+    unread = {name: _meant(name, found, described) for name in unmatched(held, found)}
+    run = f"{truth.manifest['model']}, {truth.manifest.get('prompt')!r}"
+    return Report(str(reference), str(mine), run, precision, rows, unread, verdict)
 
 
 def model_of(reference: Path) -> Model | None:
-    """The model that a reference names, if it is there and has that config."""
+    """The model that a reference names, if it is there and has that config.
+
+    A relative folder may be one from where we are, or from a folder that the reference lies in: a
+    kit holds its models and its goldens side by side.
+    """
     notes = open_dump(reference).manifest
     if notes is None:
         return None
-    try:
-        model = load(notes["model"], ops="numpy")
-    except NpvlmError:
+    around = reference.expanduser().resolve().parents
+    for place in (notes["model"], *(parent / notes["model"] for parent in around)):
+        try:
+            model = load(place, ops="numpy")
+        except NpvlmError:
+            continue
+        if _is_of(notes, model):
+            return model
+    return None
+
+
+def _other_run(notes: Mapping[str, Any], mine: Mapping[str, Any] | None) -> str | None:
+    """In what two traces are of different runs, as far as their manifests tell."""
+    if mine is None:
         return None
-    return model if _is_of(notes, model) else None
+    for what in ("prompt", "step", "answer"):
+        if notes.get(what) != mine.get(what):
+            return f"These are two runs: {what} {notes.get(what)!r:.80} and {mine.get(what)!r:.80}."
+    pictures = [(run.get("image") or {}).get("sha256") for run in (notes, mine)]
+    return "These are runs on two pictures." if pictures[0] != pictures[1] else None
 
 
 def _is_of(notes: Mapping[str, Any], model: Model) -> bool:
@@ -211,21 +264,46 @@ def _alone(rows: Mapping[str, Row]) -> Iterator[tuple[str, str]]:
 
 
 def _claimed(port: Dump, found: Mapping[str, Found]) -> str:
-    """The precision that a port's arrays are stored in."""
+    """The precision that most of a port's arrays are stored in."""
     stored = [port.dtypes.get(place.name) for place in found.values()]
-    for kind, name in (("BF16", "bfloat16"), ("F16", "float16")):
-        if kind in stored:
+    for kind, name in _STORED.items():
+        if stored.count(kind) > sum(one in ("F32", "F64") for one in stored):
             return name
     return "float32"
 
 
-def _nothing_in_common(mine: Path, held: list[str], wanted: list[str]) -> str:
+def _mapped(
+    names: Mapping[str, str], described: Mapping[str, Any], held: list[str], mine: Path
+) -> dict[str, Found]:
+    """The stages that a map names; those of some layers may be missing, not of all."""
+    found = {s: Found(n) for s, n in names.items() if s in described and n in held}
+    kinds = {_LAYER.sub(".layers.", stage) for stage in found}
+    for stage, name in names.items():
+        if stage in described and _LAYER.sub(".layers.", stage) not in kinds:
+            raise UsageError(f"{mine} has no {name!r}, which the map names for {stage}.")
+    return found
+
+
+def _meant(name: str, found: Mapping[str, Found], described: Mapping[str, Any]) -> str | None:
+    """The stage that is not in a dump and that one of its unknown names may be meant for."""
+    near = suggest(name, (stage for stage in described if stage not in found))
+    return near[0] if near else None
+
+
+def _nothing_in_common(
+    mine: Path, held: list[str], found: Mapping[str, Found], described: list[str]
+) -> str:
+    if found:
+        return (
+            f"{mine} holds {len(found)} stages, such as {next(iter(found))}, but none of those "
+            "that are asked for; name others with --only."
+        )
     hint = f"such as {held[0]!r}" if held else "none at all"
-    near = suggest(held[0], wanted) if held else []
-    like = f"; is that {near[0]}?" if near else ""
+    near = suggest(held[0], described) if held else []
+    like = f" (is that {near[0]}?)" if near else ""
     return (
         f"{mine} holds {len(held)} arrays, {hint}, and none has a name that is known as a stage's"
-        f"{like} Rename them as docs/stages.md does, or name them with --map."
+        f"{like}; rename them as docs/stages.md does, or name them with --map."
     )
 
 
@@ -256,7 +334,9 @@ def _judge(
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         return replace(row, status="NAN"), None
     expected = truth.read(stage) if stage in truth.dtypes else None
+    short = 0
     if stage == LOGITS and expected is not None:
+        short = expected.shape[-1] - value.shape[-1] if value.ndim else 0
         value = _with_all_columns(value, expected)
     best: tuple[float, Layout] | None = None
     for layout in layouts(value, stage, shape, config, found.part):
@@ -276,7 +356,10 @@ def _judge(
     scale = None if expected is None else best_scale(arranged, expected)
     status = "OK" if error <= LIMIT * floor else "DIFF"
     over = error / floor if floor else None
-    row = replace(row, status=status, layout=best[1].how, error=error, over=over, scale=scale)
+    how = best[1].how
+    if 0 < short <= UNUSED:
+        how = ", ".join(filter(None, (how, f"{short} unused columns left out")))
+    row = replace(row, status=status, layout=how, error=error, over=over, scale=scale)
     return row, arranged
 
 
@@ -355,12 +438,24 @@ def _verdict(
     first = next((row for row in rows if _is_wrong(row)), None)
     missing = [row.stage for row in rows if row.status == "MISSING"]
     if first is None and complete and missing:
-        sentence = f"{missing[0]} is missing, with {len(missing) - 1} more stages."
+        sentence = f"Missing in the dump: {_list(missing)}."
         return Verdict(False, missing[0], "missing", None, None, None, sentence)
     if first is None:
         return _agreement(rows, precision)
     kind, cause = _explain(first, values.get(first.stage), truth, port, config, values, model)
-    sentence = _sentence(first, kind, cause, precision, missing)
+    sentence = _sentence(first, kind, cause, precision)
+    others = [row.stage for row in rows if row.local_over is not None and _is_wrong(row)]
+    if first.stage in others and len(others) > 1:
+        sentence += f" Wrong by themselves, too: {_list(others[others.index(first.stage) + 1 :])}."
+    if model is None and cause is None and kind.name == "numeric" and first.stage not in EXACT:
+        sentence += (
+            f" Causes that only weights can show were not tried: {truth.manifest['model']} was not "
+            "found; name it with --model."
+            if truth.manifest
+            else ""
+        )
+    if missing:
+        sentence += f" ({len(missing)} stages were not in the dump.)"
     named = kind.name if kind.name in ("nan", "constant") else None
     return Verdict(
         False,
@@ -385,8 +480,7 @@ def _explain(
     """In which way a stage is wrong, and what would make it so."""
     if row.status == "NAN":
         broken = port.read(row.name or "")
-        count = int(broken.size - np.isfinite(broken).sum())
-        return Kind("nan", f"{count:,} of {broken.size:,} numbers are not finite"), None
+        return Kind("nan", _broken(broken)), None
     if row.status == "SHAPE":
         shapes = f"it is {list(row.mine_shape or ())}, expected {list(row.shape)} or a known layout"
         kind = Kind("shape", f"{shapes} of it")
@@ -404,9 +498,23 @@ def _explain(
     return kind, accuse(row.stage, plain(value), Context(truth, config, model, values, floor))
 
 
-def _sentence(
-    row: Row, kind: Kind, cause: Finding | None, precision: str, missing: list[str]
-) -> str:
+def _list(names: list[str]) -> str:
+    """Some of several names, and how many more there are."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _broken(value: Array) -> str:
+    """How many numbers are nan, how many infinite, and where the first is."""
+    nan, infinite = np.isnan(value), np.isinf(value)
+    counts = [(int(nan.sum()), "nan"), (int(infinite.sum()), "infinite")]
+    said = " and ".join(f"{count:,} {what}" for count, what in counts if count)
+    first = np.unravel_index(int(np.argmax(nan | infinite)), value.shape)
+    place = ", ".join(str(int(i)) for i in first)
+    return f"{said} among {value.size:,} numbers, the first at [{place}]"
+
+
+def _sentence(row: Row, kind: Kind, cause: Finding | None, precision: str) -> str:
     """The verdict in words."""
     parts = [f"The first stage that differs is {row.stage} ({kind.name})"]
     if row.over is not None:
@@ -416,8 +524,6 @@ def _sentence(
     text = "; ".join(parts) + "."
     if cause is not None:
         text += f" Likely cause: {cause.sentence}"
-    if missing:
-        text += f" ({len(missing)} stages were not in the dump.)"
     return text
 
 
@@ -442,4 +548,7 @@ def _agreement(rows: list[Row], precision: str) -> Verdict:
         f"The same: {len(compared)} of {len(rows)} stages compared, the worst at {worst:.2g} times "
         f"the {precision} floor."
     )
+    if len(compared) < len(rows):
+        missing = [row.stage for row in rows if row.status == "MISSING"]
+        sentence += f" Not in the dump: {_list(missing)}."
     return Verdict(True, None, None, worst, None, None, sentence)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.output import check_new, new_file, new_folder
 from npvlm.model.weights import Array
 from npvlm.porting.stages import SCHEMA
-from npvlm.porting.statistics import describe
+from npvlm.porting.statistics import BUCKETS, describe
 from npvlm.porting.trace import Trace
 
 MANIFEST = "manifest.json"
@@ -96,6 +96,11 @@ def check_place(path: Path, compact: bool) -> None:
         check_new(path.resolve())
     elif not path.resolve().parent.is_dir():
         raise UsageError(f"{path.parent} is no folder; make it first.")
+    elif path.suffix != ".json" and not path.exists() and path.with_suffix(".json").exists():
+        raise UsageError(
+            f"{path.with_suffix('.json')} is there already, of something else than {path.name}; "
+            "name another file, as the manifest would take its place."
+        )
 
 
 def save_trace(
@@ -231,8 +236,9 @@ def _open_safetensors(path: Path) -> Dump:
         begin, end = entry["data_offsets"]
         return _numbers(data[8 + size + begin : 8 + size + end], dtypes[name], entry["shape"])
 
-    beside = path.with_suffix(".json")
-    return Dump(path, dtypes, read, _read_manifest(beside) if beside.is_file() else None)
+    notes = _manifest_beside(path.with_suffix(".json"))
+    shapes = {name: header[name]["shape"] for name in dtypes}
+    return _described(Dump(path, dtypes, read, notes), shapes)
 
 
 def _open_npz(path: Path) -> Dump:
@@ -247,10 +253,16 @@ def _open_folder(path: Path) -> Dump:
         raise NpvlmError(f"{path} holds no .npy file, expected one for each stage.")
     arrays = {}
     for name, file in files.items():
+        try:
+            loaded = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise NpvlmError(
+                f"{file} cannot be read as .npy: its header is not as NumPy writes it, or the "
+                "numbers are cut off; write it anew."
+            ) from error
         with _readable(file):
-            arrays[name] = _checked(name, np.load(file, mmap_mode="r", allow_pickle=False))
-    notes = path / MANIFEST
-    return _of_arrays(path, arrays, _read_manifest(notes) if notes.is_file() else None)
+            arrays[name] = _checked(name, loaded)
+    return _of_arrays(path, arrays, _manifest_beside(path / MANIFEST))
 
 
 def _open_raw(path: Path) -> Dump:
@@ -263,13 +275,13 @@ def _open_raw(path: Path) -> Dump:
         )
     notes = read_json(beside)
     data = np.memmap(path, np.uint8, "r")
-    entries = {str(entry["name"]): entry for entry in notes["stages"]}
-    dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
+    entries = _entries(beside, notes)
+    dtypes = {name: entry["dtype"] for name, entry in entries.items()}
 
     def read(name: str) -> Array:
         entry = entries[name]
         kind = np.dtype(TYPES[dtypes[name]])
-        begin = int(entry["offset"])
+        begin = entry["offset"]
         end = begin + kind.itemsize * math.prod(entry["shape"])
         if not 0 <= begin <= end <= len(data):
             raise NpvlmError(
@@ -278,15 +290,53 @@ def _open_raw(path: Path) -> Dump:
             )
         return _numbers(data[begin:end], dtypes[name], entry["shape"])
 
-    for name, kind in dtypes.items():
-        if kind not in TYPES:
-            raise ValueError(f"{name} is {kind}, expected one of {', '.join(TYPES)}")
-    return Dump(path, dtypes, read, notes if notes.get("schema") == SCHEMA else None)
+    own = notes.get("schema") == SCHEMA
+    if own:
+        _check_manifest(beside, notes)
+    return Dump(path, dtypes, read, notes if own else None)
+
+
+def _described(dump: Dump, shapes: Mapping[str, Sequence[int]]) -> Dump:
+    """The same dump, if its manifest is of these arrays and not of another run's."""
+    for name, entry in dump.described().items():
+        if name in shapes and list(entry["shape"]) != list(shapes[name]):
+            raise NpvlmError(
+                f"{dump.path}: {name} is {list(shapes[name])}, but its manifest says "
+                f"{entry['shape']}; they are of two runs: write the trace anew."
+            )
+    return dump
+
+
+def _entries(beside: Path, notes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The arrays that a .json lists for a .bin, by name, each with all that reading it takes."""
+    stages = notes.get("stages")
+    if not isinstance(stages, list):
+        raise NpvlmError(f'{beside} has no list "stages", expected name, dtype, shape and offset.')
+    entries = {}
+    for number, entry in enumerate(stages):
+        given = entry if isinstance(entry, dict) else {}
+        name, shape = given.get("name"), given.get("shape")
+        said = f"{beside}: entry {number} of stages" + (f", {name!r}," if name else "")
+        sides = shape if isinstance(shape, list) else [None]
+        if not isinstance(name, str):
+            raise NpvlmError(f"{said} has no name, expected the name of a stage.")
+        if given.get("dtype") not in TYPES:
+            kinds = ", ".join(TYPES)
+            raise NpvlmError(f"{said} has dtype {given.get('dtype')!r}, expected one of {kinds}.")
+        if not all(type(side) is int and side >= 0 for side in sides):
+            raise NpvlmError(f"{said} has shape {shape!r}, expected a list of whole numbers.")
+        if type(given.get("offset")) is not int:
+            raise NpvlmError(
+                f"{said} has offset {given.get('offset')!r}, expected the byte at which it begins."
+            )
+        entries[name] = given
+    return entries
 
 
 def _of_arrays(path: Path, arrays: dict[str, Array], notes: dict[str, Any] | None) -> Dump:
     dtypes = {name: NAMES[value.dtype.newbyteorder("<")] for name, value in arrays.items()}
-    return Dump(path, dtypes, lambda name: np.asarray(arrays[name]), notes)
+    dump = Dump(path, dtypes, lambda name: np.asarray(arrays[name]), notes)
+    return _described(dump, {name: value.shape for name, value in arrays.items()})
 
 
 def _checked(name: str, value: Array) -> Array:
@@ -310,4 +360,56 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path} is no manifest of schema {SCHEMA}, expected one that `npvlm trace --save` "
             "wrote."
         )
+    _check_manifest(path, notes)
     return notes
+
+
+def _manifest_beside(path: Path) -> dict[str, Any] | None:
+    """The manifest that lies beside arrays; None where there is none, or a file of another kind."""
+    if not path.is_file():
+        return None
+    try:
+        notes = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(notes, dict) or notes.get("schema") != SCHEMA or "config" not in notes:
+        return None
+    return _read_manifest(path)
+
+
+def _check_manifest(path: Path, notes: Mapping[str, Any]) -> None:
+    """Refuse a manifest in which something that is read later is missing or of another kind."""
+
+    def refuse(what: str, expected: str) -> None:
+        raise NpvlmError(f"{path}: {what}, expected {expected}; write the trace anew.")
+
+    for key, kind, expected in (
+        ("config", dict, "that of the model's config.json"),
+        ("model", str, "the model's name"),
+        ("step", int, "the number of the call"),
+        ("answer", list, "the ids before the call"),
+    ):
+        if not isinstance(notes.get(key), kind):
+            refuse(f"{key} is {notes.get(key)!r:.60}", expected)
+    for number, entry in enumerate(notes["stages"]):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            refuse(f"stage {number} has no name", "one")
+        name, shape = entry["name"], entry.get("shape")
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            refuse(f"{name} has shape {shape!r:.60}", "a list of whole numbers")
+        if not _is_size(entry.get("rms")):
+            refuse(f"{name} has rms {entry.get('rms')!r:.60}", "a number of 0 or more")
+        sketch = entry.get("sketch")
+        if not isinstance(sketch, list) or len(sketch) != BUCKETS or not all(map(_is_real, sketch)):
+            refuse(f"{name} has no whole sketch", f"a list of {BUCKETS} numbers")
+        floors = entry.get("floors", {})
+        if not isinstance(floors, dict) or not all(map(_is_size, floors.values())):
+            refuse(f"{name} has floors {floors!r:.60}", "a number of 0 or more for each precision")
+
+
+def _is_real(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_size(value: object) -> bool:
+    return _is_real(value) and value >= 0  # type: ignore[operator]

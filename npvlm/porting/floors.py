@@ -84,19 +84,24 @@ def _floor(value: Array, reference: Array) -> float:
 
 def _again(inputs: Inputs, model: Model, precision: str, tap: Tap) -> None:
     """A less exact run."""
-    weights, config, namespace = model.weights, model.config, model.ops
+    weights, namespace, to = less_exact(model, precision)
+    inputs = replace(inputs, pixel_values=to(inputs.pixel_values))
+    tap("pixel_values", inputs.pixel_values)
+    run(inputs, weights, model.config, ops=namespace, tap=lambda n, value: tap(n, to(value)))
+
+
+def less_exact(model: Model, precision: str) -> tuple[Weights, ModuleType, Cast]:
+    """What another precision computes with: weights, operations, and how it keeps a result."""
     to = {"bfloat16": to_bfloat16, "float16": to_float16}.get(precision)
     if to is not None:
-        inputs = replace(inputs, pixel_values=to(inputs.pixel_values))
-        tap("pixel_values", inputs.pixel_values)
-        run(inputs, weights, config, ops=rounding(to), tap=lambda n, value: tap(n, to(value)))
-        return
+        return model.weights, rounding(to), to
     if precision == "int8":
-        weights = Weights(at_precision(weights, "int8", PACKERS))
-    else:
-        namespace = reordered()
-    tap("pixel_values", inputs.pixel_values)
-    run(inputs, weights, config, ops=namespace, tap=tap)
+        return Weights(at_precision(model.weights, "int8", PACKERS)), model.ops, _as_it_is
+    return model.weights, reordered(), _as_it_is
+
+
+def _as_it_is(value: Array) -> Array:
+    return value
 
 
 def to_bfloat16(value: Array) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from npvlm.model.weights import Array
 from npvlm.porting.dumps import Dump
 from npvlm.porting.statistics import rms, sketch
 
+COARSE = 0.02  # relative: more than rounding to 16 bits makes
+PLAIN = 1e-3  # how near to 1 a factor is none
 NEAR = 8.0  # times the floor: as near as this is the same
 LARGEST = 2**24  # numbers of a stage that is searched for a permutation
 ROWS = 4096
@@ -71,25 +73,34 @@ def kind_of(
     if other := next(_equal_stages(stage, mine, truth, near), None):
         return Kind("order", f"it holds what is {other} in the reference")
     scale = best_scale(mine, expected)
-    if scale is not None and abs(scale) > near and _missed(mine, expected * scale) <= near:
+    if _is_factor(scale, near) and _missed(mine, expected * scale) <= near:
         return Kind("scale", f"it is {scale:.6g} times the reference{_known(scale, config)}")
     if moved := _permutation(mine, expected, near):
         return Kind("permutation", moved)
-    return Kind("numeric", _coarser(mine) or _numbers(mine, expected))
+    return Kind("numeric", _coarser(mine, _missed(mine, expected)) or _numbers(mine, expected))
 
 
 def _kind_of_sketch(mine: Array, entry: Mapping[str, Any], near: float, config: Config) -> Kind:
     """The same where of the reference only the statistics are known."""
     own, expected = sketch(mine), np.array(entry["sketch"])
     scale = best_scale(own, expected)
-    if scale is not None and abs(scale) > near and _missed(own, expected * scale) <= near:
+    if _is_factor(scale, near) and _missed(own, expected * scale) <= near:
         return Kind("scale", f"it is {scale:.6g} times the reference{_known(scale, config)}")
-    return Kind("numeric", _coarser(mine))
+    detail = (
+        _coarser(mine, _missed(own, expected))
+        or "the reference has no numbers of this stage, only their sketch"
+    )
+    return Kind("numeric", detail)
 
 
-def _coarser(mine: Array) -> str:
-    """Say so where float32 numbers hold no more than 16 bits do."""
-    if mine.dtype != np.float32:
+def _is_factor(scale: float | None, near: float) -> TypeGuard[float]:
+    """Whether a best fit says that numbers are multiplied, and not just a little off."""
+    return scale is not None and abs(scale) > near and abs(scale - 1) > PLAIN
+
+
+def _coarser(mine: Array, error: float) -> str:
+    """Say so where float32 numbers hold no more than 16 bits do, and that may be all."""
+    if mine.dtype != np.float32 or error > COARSE:
         return ""
     if not (mine.view(np.uint32) & np.uint32(0xFFFF)).any():
         return "its numbers are rounded to bfloat16: compare --as bfloat16"
@@ -143,12 +154,21 @@ def _permutation(mine: Array, expected: Array, near: float) -> str | None:
             moved = np.flatnonzero(order != np.arange(len(order)))
             once = len(set(order.tolist())) == len(order)
             if len(moved) and once and _missed(one, two[order]) <= near:
-                at = int(moved[0])
+                here, there = (
+                    _place(int(i), what, mine.shape) for i in (moved[0], order[moved[0]])
+                )
                 return (
-                    f"its {what} are the reference's in another order: {what[:-1]} {at} is the "
-                    f"reference's {int(order[at])}"
+                    f"its {what} are the reference's in another order: {what[:-1]} {here} is the "
+                    f"reference's {there}"
                 )
     return None
+
+
+def _place(number: int, what: str, shape: tuple[int, ...]) -> str:
+    """A row's number; by its axes, such as [token, head], where it has several."""
+    if what == "columns" or len(shape) == 2:
+        return str(number)
+    return f"[{', '.join(str(int(i)) for i in np.unravel_index(number, shape[:-1]))}]"
 
 
 def _nearest(one: Array, two: Array) -> Array:

@@ -108,9 +108,8 @@ def page(goldens: Sequence[Golden], folder: str | None) -> str:
 
 def command(step: Step, model: str) -> str:
     """The command that ends a step."""
-    return (
-        f"npvlm compare goldens/{model}/{step.golden}.safetensors {step.mine}/ --only '{step.only}'"
-    )
+    golden = f"goldens/{model}/{step.golden}.safetensors"
+    return f"npvlm compare {golden} {step.mine}/ --complete --only '{step.only}'"
 
 
 def _for_families(text: str, present: set[str]) -> str:
@@ -128,9 +127,9 @@ def _models(goldens: Sequence[Golden], folder: str | None) -> str:
     return _wrapped(
         f"The models are in {places}: config.json, weights and vocabulary, in the form in which "
         "real ones are published. `pg1` (PaliGemma 1, float32 weights) and `pg2` (PaliGemma 2, "
-        "bfloat16 weights, two key/value heads) are random and small; `shapes` is trained, to "
-        "speak about drawn shapes. Each has goldens of its own; the commands below are for the "
-        "first."
+        "bfloat16 weights, two key/value heads) are random and small; `shapes` (PaliGemma 1, "
+        "bfloat16 weights) is trained, to speak about drawn shapes. Each has goldens of its own; "
+        "the commands below are for the first."
     )
 
 

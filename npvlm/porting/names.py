@@ -53,6 +53,7 @@ CONTAINERS = {
     *("image_encoder", "language_model", "llm", "llama", "lm", "text", "txt", "gemma"),
 }
 LAYER = re.compile(r"(?:^|[._])(layers?|blocks?|blk|encoderblock|vit|lm|h|l)[._]?(\d+)(?=[._]|$)")
+NUMBERED = re.compile(r"-\d+$")  # as llama.cpp's graph numbers by layers: norm-3
 CALLBACK = re.compile(r"(?:(.*)\.)?([a-z]\w*?)[._](\d+)")  # Qcur-3
 ENDING = re.compile(r"(?:\.(?:outputs?|out|result|0))+$")
 
@@ -77,7 +78,8 @@ WHOLE = {
         "mm_input_projection mm_0 mmproj tower:head tower:logits image_features zimg"
     ),
     "inputs_embeds": "inputs_embeds input_embeds embeds_scaled inp_scaled",
-    f"{TEXT}.norm": ("norm final_norm output_norm result_norm final_layernorm pre_logits"),
+    # llama.cpp's graph has a "norm" without its weights, too.
+    f"{TEXT}.norm": ("result_norm norm final_norm output_norm final_layernorm pre_logits"),
     "language_model.logits": "logits logits_last result_output lm_logits bare:output",
 }
 LM_HEAD = "lm_head"
@@ -483,7 +485,7 @@ def _claims(
     dotted = _dotted(name)
     if OTHER_DECODER in dotted:
         return
-    if alias := _whole(dotted, whole):
+    if not NUMBERED.search(name) and (alias := _whole(dotted, whole)):
         yield alias.stage, Claim(alias.rank, Found(name))
         return
     parsed = _parsed(dotted)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import html
 import math
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from npvlm.files.output import new_file
 from npvlm.porting.compare import LIMIT, Report, Row
+from npvlm.porting.stages import TEXT, TOWER
+
+FEW = 3  # missing stages in a row that have a line each; more share one
+MOST_UNREAD = 8  # names that have a line each
 
 COLOURS = {
     "OK": "#2e9e6b",
@@ -23,16 +29,33 @@ def table(report: Report) -> str:
     """A line for each stage, then the verdict."""
     wide = max(len(row.stage) for row in report.rows)
     local = any(row.local_over is not None for row in report.rows)
-    head = f"{'':8}{'stage':<{wide}}  {'error':>9}  {'x floor':>9}"
+    head = f"{'':11}{'stage':<{wide}}  {'error':>9}  {'x floor':>9}"
     lines = [head + (f"  {'own':>9}" if local else "") + "  read as"]
-    for row in report.rows:
-        own = f"  {_number(row.local_over):>9}" if local else ""
-        line = (
-            f"{row.status:<8}{row.stage:<{wide}}  {_number(row.error):>9}  "
-            f"{_number(row.over):>9}{own}  {_read_as(row)}"
-        )
-        lines.append(line.rstrip())
-    return "\n".join([*lines, "", report.verdict.sentence])
+    for missing, run in groupby(report.rows, lambda row: row.status == "MISSING"):
+        rows = list(run)
+        if missing and len(rows) > FEW:
+            first, last = rows[0].stage, rows[-1].stage
+            lines.append(f"{'MISSING':<11}{len(rows)} stages, {first} to {last}")
+            continue
+        for row in rows:
+            own = f"  {_number(row.local_over):>9}" if local else ""
+            line = (
+                f"{status_of(row):<11}{row.stage:<{wide}}  {_number(row.error):>9}  "
+                f"{_number(row.over):>9}{own}  {_read_as(row)}"
+            )
+            lines.append(line.rstrip())
+    if local:
+        lines.append("\nown: x floor of what the stage itself adds, on the dump's own input to it")
+    return "\n".join([*lines, *_unread(report), "", report.verdict.sentence])
+
+
+def _unread(report: Report) -> Iterator[str]:
+    """The arrays of a dump that were not compared, because no stage has their name."""
+    for name, meant in list(report.unread.items())[:MOST_UNREAD]:
+        yield f"not read   {name}" + (f" (is that {meant}?)" if meant else "")
+    more = len(report.unread) - MOST_UNREAD
+    if more > 0:
+        yield f"not read   {more} more, whose names are no stage's either"
 
 
 def _read_as(row: Row) -> str:
@@ -89,20 +112,30 @@ def _page(report: Report) -> str:
  th, td {{ text-align: left; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid #e6e9ed;
    vertical-align: top; overflow-wrap: anywhere; }}
  td.n, th.n {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }}
- td b {{ color: #fff; padding: 0 .4em; border-radius: 3px; font-weight: 600; }}
+ th {{ white-space: nowrap; }} td:nth-child(2) {{ min-width: 12em; }}
+ td b {{ color: #fff; padding: 0 .4em; border-radius: 3px; font-weight: 600; white-space: nowrap;
+   overflow-wrap: normal; }}
+ .wide {{ overflow-x: auto; }} .wide svg {{ min-width: 640px; }}
 </style>
 <h1>{html.escape(title)}</h1>
 <div class="verdict"><p>{html.escape(verdict.sentence)}</p></div>
-<p class="facts">{html.escape(report.mine)} held against {html.escape(report.reference)},
- as {report.precision}; more than {LIMIT:g} times the noise floor differs.</p>
-<div class="legend">{legend}</div>
+<p class="facts">{html.escape(report.mine)} held against {html.escape(report.reference)}
+ ({html.escape(report.run)}), as {report.precision}; more than {LIMIT:g} times the noise floor
+ differs.</p>
+{_left_out(report)}<div class="legend">{legend}</div>
 <div class="strip">{_strip(report)}</div>
 <h2>Error over noise floor, stage by stage</h2>
-{_chart(report)}
+<div class="wide">{_chart(report)}</div>
 <h2>Stages</h2>
-{_rows(report)}
+<div class="wide">{_rows(report)}</div>
 </html>
 """
+
+
+def _left_out(report: Report) -> str:
+    """A paragraph on the arrays that were not compared, if there are any."""
+    lines = "<br>".join(html.escape(line) for line in _unread(report))
+    return f'<p class="facts">{lines}</p>\n' if lines else ""
 
 
 def _strip(report: Report) -> str:
@@ -148,6 +181,20 @@ def _chart(report: Report) -> str:
         for power in range(low, most + 1, step)
     )
     limit = up(LIMIT)
+    marks = "".join(
+        f'<line x1="{across(number):.1f}" x2="{across(number):.1f}" y1="{top}" y2="{high - 24}" '
+        f'stroke="#c9d0d8"/><text x="{across(number) + 4:.1f}" y="{high - 6}">{name}</text>'
+        for number, name in _parts(report)
+    )
+    first = next(
+        (
+            f'<circle cx="{across(number):.1f}" cy="{up(max(row.over, 1e-2)):.1f}" r="7" '
+            'fill="none" stroke="#1d2530" stroke-width="2"/>'
+            for number, row in enumerate(report.rows)
+            if row.stage == report.verdict.stage and row.over and math.isfinite(row.over)
+        ),
+        "",
+    )
     dots = "".join(
         f'<circle cx="{across(number):.1f}" cy="{up(over):.1f}" r="3" fill="{COLOURS[status]}">'
         f"<title>{html.escape(report.rows[number].stage)}: {over:.3g}</title></circle>"
@@ -157,20 +204,34 @@ def _chart(report: Report) -> str:
         f'<svg viewBox="0 0 {wide} {high}" font-size="12" fill="#5b6673" role="img">{grid}'
         f'<line x1="{left}" x2="{wide}" y1="{limit:.1f}" y2="{limit:.1f}" stroke="#cf3f3f" '
         f'stroke-dasharray="5 4"/><text x="{wide - 4}" y="{limit - 5:.1f}" text-anchor="end" '
-        f'fill="#cf3f3f">limit: {LIMIT:g}</text>{dots}</svg>'
+        f'fill="#cf3f3f">limit: {LIMIT:g}</text>{marks}{dots}{first}</svg>'
+        '<p class="facts">Stages from left to right, in order. Errors below a hundredth of the '
+        "floor are drawn there; stages without a floor, a shape or finite numbers are not.</p>"
     )
 
 
+def _parts(report: Report) -> Iterator[tuple[int, str]]:
+    """Where in the stages the parts of the model begin."""
+    starts = (("tower", TOWER), ("decoder", TEXT))
+    for name, start in starts:
+        at = next((n for n, row in enumerate(report.rows) if row.stage.startswith(start)), None)
+        if at is not None:
+            yield at, name
+
+
 def _rows(report: Report) -> str:
+    local = any(row.local_over is not None for row in report.rows)
     head = (
         '<table><tr><th></th><th>stage</th><th>in the dump</th><th class="n">error</th>'
-        '<th class="n">floor</th><th class="n">x floor</th><th class="n">own</th></tr>'
+        '<th class="n">floor</th><th class="n">x floor</th>'
+        + ('<th class="n">own, x floor</th>' if local else "")
+        + "</tr>"
     )
     body = []
     for number, row in enumerate(report.rows):
         status = status_of(row)
         text = "#1d2530" if status == "MISSING" else "#fff"
-        numbers = (row.error, row.floor, row.over, row.local_over)
+        numbers = (row.error, row.floor, row.over, *((row.local_over,) if local else ()))
         cells = "".join(f'<td class="n">{_number(value)}</td>' for value in numbers)
         body.append(
             f'<tr id="s{number}"><td><b style="background:{COLOURS[status]};color:{text}">{status}'

@@ -6,7 +6,7 @@ Axis letters: R side of the square · h, w height and width of a picture · P im
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +23,7 @@ FILLS = (0.0, 127.0, 127.5, 128.0, 255.0)
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 ROUNDED = 0.01  # relative: what a resizing that is right may differ by, a level or two of 255
+EQUAL = 1e-4  # relative: the same where neither rounds to levels
 
 
 # Resizing: each takes a picture [h, w, 3], and gives one of the height and width asked for.
@@ -81,9 +82,22 @@ def cubic_kernel(a: float) -> Callable[[Array], Array]:
     return kernel
 
 
+def unrounded(rgb: Array, height: int, width: int) -> Array:
+    """Pillow's bicubic in floating point: nothing is rounded to 8 bits between or after."""
+    colours = [Image.fromarray(rgb[..., i].astype(np.float32)) for i in range(rgb.shape[-1])]
+    made = [colour.resize((width, height), Image.Resampling.BICUBIC) for colour in colours]
+    return np.clip(np.stack([np.asarray(colour) for colour in made], axis=-1), 0, 255)
+
+
 NEAREST = {"of Pillow": pillow(0), "rounded down": floored}
 BILINEAR = {"of Pillow": pillow(2)}
 LANCZOS = {"of Pillow": pillow(1)}
+UNROUNDED = {
+    "": unrounded,
+    "rounded once, at the end": lambda *args: np.rint(unrounded(*args)),
+    "cut off to whole numbers": lambda *args: np.floor(unrounded(*args)),
+}
+OTHER_FILTERS = {"box, a mean of areas": pillow(4), "Hamming": pillow(5)}
 UNSMOOTHED = {
     "bicubic, a = -0.5": sampled(cubic_kernel(-0.5)),
     "bicubic, a = -0.75": sampled(cubic_kernel(-0.75)),
@@ -98,7 +112,7 @@ FILTERS = {
 }
 
 
-def by_filter(filters: dict[str, Filter]) -> Callable[[Case], Iterator[Guess]]:
+def by_filter(filters: Mapping[str, Filter]) -> Callable[[Case], Iterator[Guess]]:
     """Guesses of another filter."""
 
     def guesses(c: Case) -> Iterator[Guess]:
@@ -170,6 +184,22 @@ def turned(c: Case, change: Callable[[Array], Array], detail: str = "") -> Itera
 
 def range_0_1(c: Case) -> Iterator[Guess]:
     return coloured(c, {"": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))})
+
+
+def range_other(c: Case) -> Iterator[Guess]:
+    """Means and deviations of colours from 0 to 1."""
+    level = 1 / 255
+    return coloured(
+        c,
+        {
+            "0 to 255": ((0.0,) * 3, (level,) * 3),
+            "-127.5 to 127.5": ((0.5,) * 3, (level,) * 3),
+            "-128 to 127": ((128 * level,) * 3, (level,) * 3),
+            "divided by 128, not 127.5": ((0.5,) * 3, (128 * level,) * 3),
+            "divided by 128, less 1": ((128 * level,) * 3, (128 * level,) * 3),
+            "-0.5 to 0.5": ((0.5,) * 3, (1.0,) * 3),
+        },
+    )
 
 
 def imagenet_norm(c: Case) -> Iterator[Guess]:
@@ -358,6 +388,20 @@ INPUT_SUSPECTS = (
         ROUNDED,
     ),
     Suspect(
+        "other_filter",
+        PIXELS,
+        "the picture is resized with another filter: PaliGemma's is bicubic",
+        by_filter(OTHER_FILTERS),
+        ROUNDED,
+    ),
+    Suspect(
+        "not_rounded",
+        PIXELS,
+        "the picture is resized in floating point: Pillow rounds to 8 bits after each direction",
+        by_filter(UNROUNDED),
+        EQUAL,
+    ),
+    Suspect(
         "centre_crop",
         PIXELS,
         "only the middle of the picture is taken: PaliGemma squeezes the whole picture to the "
@@ -384,6 +428,13 @@ INPUT_SUSPECTS = (
         ("pixel_values",),
         "colours run from 0 to 1: PaliGemma's run from -1 to 1",
         range_0_1,
+        ROUNDED,
+    ),
+    Suspect(
+        "range_other",
+        ("pixel_values",),
+        "colours run over another range: PaliGemma's run from -1 to 1",
+        range_other,
         ROUNDED,
     ),
     Suspect(

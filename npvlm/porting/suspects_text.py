@@ -179,6 +179,10 @@ def rope_pairs(c: Case) -> Iterator[Guess]:
     yield "and left in halves", c.run(rope=rope_moved)
 
 
+def rope_missing(c: Case) -> Iterator[Guess]:
+    yield "", c.run(rope=lambda x, *rest: x)
+
+
 def rope_base(c: Case) -> Iterator[Guess]:
     for base in BASES:
         text = replace(c.config.text_config, rope_theta=base)
@@ -380,6 +384,12 @@ TEXT_SUSPECTS = (
         (f"{LAYERS}_rope",),
         "queries and keys are turned in neighbouring pairs: Gemma pairs dimension j with j + d/2",
         rope_pairs,
+    ),
+    Suspect(
+        "rope_missing",
+        (f"{LAYERS}_rope",),
+        "queries and keys are not turned by their positions (RoPE)",
+        rope_missing,
     ),
     Suspect(
         "rope_base",

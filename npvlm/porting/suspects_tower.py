@@ -75,6 +75,50 @@ def silu(x: Array) -> Array:
     return x / (1 + np.exp(-x))
 
 
+def relu(x: Array) -> Array:
+    y: Array = np.maximum(x, 0)
+    return y
+
+
+def gelu_without_cube(x: Array) -> Array:
+    y: Array = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * x))
+    return y
+
+
+def vit_activation(c: Case) -> Iterator[Guess]:
+    yield "x * sigmoid(x)", c.run(gelu_tanh=silu)
+    yield "max(x, 0)", c.run(gelu_tanh=relu)
+    yield "no function at all", c.run(gelu_tanh=lambda x: x)
+    yield "without 0.044715 x^3", c.run(gelu_tanh=gelu_without_cube)
+
+
+def vit_norm(c: Case) -> Iterator[Guess]:
+    def divided_by_less(x: Array, weight: Weight, bias: Weight, eps: float) -> Array:
+        D = x.shape[-1]
+        gain = math.sqrt((D - 1) / D)
+        y: Array = c.ops.layer_norm(x, unpack(weight, x.dtype) * gain, bias, eps * (D - 1) / D)
+        return y
+
+    def rms_norm(x: Array, weight: Weight, bias: Weight, eps: float) -> Array:
+        y: Array = c.ops.rms_norm(x, unpack(weight, x.dtype) - 1, eps)
+        return y
+
+    def one_more(x: Array, weight: Weight, bias: Weight, eps: float) -> Array:
+        y: Array = c.ops.layer_norm(x, unpack(weight, x.dtype) + 1, bias, eps)
+        return y
+
+    yield "its variance is divided by D - 1", c.run(layer_norm=divided_by_less)
+    yield "it is an RMSNorm, which takes no mean away", c.run(layer_norm=rms_norm)
+    yield "its gain is 1 + weight, as in Gemma", c.run(layer_norm=one_more)
+
+
+def positions_scaled(c: Case) -> Iterator[Guess]:
+    table = unpack(c.weights[TABLE], np.float32)
+    root = math.sqrt(table.shape[1])
+    yield "times sqrt(D)", c.run(weights={TABLE: table * np.float32(root)})
+    yield "divided by sqrt(D)", c.run(weights={TABLE: table / np.float32(root)})
+
+
 def with_gelu(*forms: Callable[[Array], Array]) -> Callable[[Case], Iterator[Guess]]:
     """Guesses of another bend."""
 
@@ -112,6 +156,18 @@ def vit_scale_width(c: Case) -> Iterator[Guess]:
     vision = c.config.vision_config
     yield f"1/sqrt({vision.hidden_size})", with_scale(c, vision.hidden_size**-0.5)
     yield f"1/{vision.head_dim}: twice", with_scale(c, 1 / vision.head_dim)
+    heads = vision.num_attention_heads
+    yield f"1/sqrt({heads}): the number of heads", with_scale(c, heads**-0.5)
+
+
+def heads_not_joined(c: Case) -> Iterator[Guess]:
+    def laid_out(heads: Array) -> Array:
+        return np.ascontiguousarray(heads.swapaxes(0, 1)).reshape(heads.shape)
+
+    yield "", c.run(attend=lambda *args: laid_out(c.ops.attend(*args)))
+    known = c.context.reference(c.stage)
+    if known is not None and known.ndim == 3:
+        yield "", laid_out(known)
 
 
 def heads_interleaved(c: Case) -> Iterator[Guess]:
@@ -202,6 +258,12 @@ TOWER_SUSPECTS = (
         positions_missing,
     ),
     Suspect(
+        "positions_scaled",
+        (f"{TOWER}.embeddings",),
+        "the learned positions have a factor: they are added as they are",
+        positions_scaled,
+    ),
+    Suspect(
         "positions_shifted",
         (f"{TOWER}.embeddings",),
         "the learned positions are off by one: there is no class token in front",
@@ -232,6 +294,13 @@ TOWER_SUSPECTS = (
         heads_interleaved,
     ),
     Suspect(
+        "heads_not_joined",
+        ("*.attend",),
+        "heads come first in memory, [H, tokens, d]: they have to be turned to [tokens, H, d] "
+        "before they are joined",
+        heads_not_joined,
+    ),
+    Suspect(
         "vit_gelu_erf",
         (f"{LAYERS}.mlp.gelu",),
         "the GeLU is the exact one (erf): SigLIP's is the tanh form",
@@ -242,6 +311,12 @@ TOWER_SUSPECTS = (
         (f"{LAYERS}.mlp.gelu",),
         "the GeLU is the quick one, x * sigmoid(1.702 x): SigLIP's is the tanh form",
         with_gelu(gelu_sigmoid),
+    ),
+    Suspect(
+        "vit_activation",
+        (f"{LAYERS}.mlp.gelu",),
+        "another function stands in the place of GeLU: SigLIP's is the tanh form",
+        vit_activation,
     ),
     Suspect(
         "projector_bias_missing",
@@ -260,6 +335,12 @@ TOWER_SUSPECTS = (
         (f"{TOWER}.post_layernorm",),
         "the tower's last norm is missing: post_layernorm comes before the projector",
         post_layernorm_missing,
+    ),
+    Suspect(
+        "vit_norm",
+        (f"{LAYERS}.layer_norm*", f"{TOWER}.post_layernorm"),
+        "a norm of the tower is no plain layer norm",
+        vit_norm,
     ),
     Suspect(
         "vit_eps",

@@ -60,6 +60,60 @@ def kv_swapped(c: Case) -> Iterator[Guess]:
     yield "", c.run(weights=exchanged(c, f"{start}.k_proj", f"{start}.v_proj"))
 
 
+def qk_swapped(c: Case) -> Iterator[Guess]:
+    module, i = c.layer or ("", 0)
+    start = f"{module}.{i}.self_attn"
+    names = [f"{start}.{name}.weight" for name in ("q_proj", "k_proj")]
+    if len({c.weights[name].shape for name in names if name in c.weights}) == 1:
+        yield "", c.run(weights=exchanged(c, f"{start}.q_proj", f"{start}.k_proj"))
+
+
+def norms_swapped(c: Case) -> Iterator[Guess]:
+    module, i = c.layer or ("", 0)
+    start = f"{module}.{i}"
+    names = {name.removeprefix(f"{start}.").partition(".")[0] for name in c.weights}
+    norms = sorted(
+        name for name in names if "norm" in name and f"{start}.{name}.weight" in c.weights
+    )
+    for one in norms:
+        for two in norms:
+            if one < two:
+                pair = exchanged(c, f"{start}.{one}", f"{start}.{two}")
+                yield f"{one} and {two}", c.run(weights=pair)
+            if one != two:
+                same = {
+                    f"{start}.{two}.{kind}": c.weights[f"{start}.{one}.{kind}"]
+                    for kind in KINDS
+                    if f"{start}.{one}.{kind}" in c.weights
+                }
+                yield f"{two} has those of {one}", c.run(weights=same)
+
+
+def residual_missing(c: Case) -> Iterator[Guess]:
+    """What is added to the stream is taken for the stream, or added to an earlier one."""
+    module, i = c.layer or ("", 0)
+    start, tower, text = f"{module}.{i}", module.startswith(TOWER), c.config.text_config
+    second = not tower and text.model_type == "gemma2"
+    gathered = c.inside("post_attention_layernorm" if second else "self_attn")
+    between = "pre_feedforward_layernorm" if second else "post_attention_layernorm"
+    between = f"{start}.layer_norm2" if tower else f"{start}.{between}"
+    thought = "post_feedforward_layernorm" if second else "mlp"
+    if gathered is not None and f"{between}.weight" in c.weights:
+        gain = [c.weights[f"{between}.{kind}"] for kind in KINDS[: 2 if tower else 1]]
+        eps = c.config.vision_config.layer_norm_eps if tower else text.rms_norm_eps
+        normed = (c.ops.layer_norm if tower else c.ops.rms_norm)(gathered, *gain, eps)
+        if c.stage == between:
+            yield "attention's", normed
+        elif c.stage == start:
+            added = c.stages(given={between: normed}).get(f"{start}.{thought}")
+            yield "attention's", None if added is None else gathered + added
+    mlp, x = c.inside(thought), c.given.get(c.start)
+    if c.stage == start and mlp is not None:
+        yield "the MLP's", mlp
+        if x is not None and x.size == mlp.size:
+            yield "the MLP is added to the layer's own input", x.reshape(mlp.shape) + mlp
+
+
 def exchanged(c: Case, one: str, two: str) -> dict[str, Weight]:
     """The weights and biases of two modules, each under the other's name."""
     names = {f"{a}.{kind}": f"{b}.{kind}" for a, b in ((one, two), (two, one)) for kind in KINDS}
@@ -206,6 +260,25 @@ WEIGHT_SUSPECTS = (
         ("*.k_proj", "*.v_proj"),
         "the weights of keys and values are swapped",
         kv_swapped,
+    ),
+    Suspect(
+        "qk_swapped",
+        ("*.q_proj", "*.k_proj"),
+        "the weights of queries and keys are swapped",
+        qk_swapped,
+    ),
+    Suspect(
+        "norms_swapped",
+        ("*.layers.*norm*",),
+        "a norm of the layer has another one's weights",
+        norms_swapped,
+    ),
+    Suspect(
+        "residual_missing",
+        (f"{TOWER}.encoder.layers.*", f"{TEXT}.layers.*"),
+        "a residual connection is not as it should be: the stream is x, then x + attention, then "
+        "that + MLP",
+        residual_missing,
     ),
     Suspect(
         "norm_not_loaded",

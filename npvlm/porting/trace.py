@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import linecache
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from npvlm.porting.stages import SCHEMA, chosen
 
 PACKAGE = Path(npvlm.__file__).parent
 LIBRARIES = ("numpy", "pillow")
+HANDING_ON = ("tap.py", "trace.py")  # files between a stage and what writes it down
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,15 +188,19 @@ def _run_step(
 def _caller() -> str:
     """The line of npvlm that handed a stage to the tap."""
     frame = sys._getframe(2)
-    while Path(frame.f_code.co_filename).name == "tap.py" and frame.f_back is not None:
+    while Path(frame.f_code.co_filename).name in HANDING_ON and frame.f_back is not None:
         frame = frame.f_back
     return _line(frame.f_code, frame.f_lineno)
 
 
 def _line(code: CodeType, number: int | None) -> str:
-    """Where some code stands, "npvlm/model/siglip.py:31"; by default its first line."""
+    """Where some code stands, "npvlm/model/siglip.py:31"; by default where it is defined."""
     path = Path(code.co_filename).relative_to(PACKAGE).as_posix()
-    return f"npvlm/{path}:{number or code.co_firstlineno}"
+    if number is None:
+        number = code.co_firstlineno
+        while linecache.getline(code.co_filename, number).lstrip().startswith("@"):
+            number += 1
+    return f"npvlm/{path}:{number}"
 
 
 def _facts(

@@ -243,7 +243,7 @@ int main(int argc, char **argv) {
                 compared++;
             }
     if (!compared) fail(mine.path, "has no stage of the golden");
-    if (equal) printf("OK: %zu of %zu stages are the same\n", compared, golden.count);
+    if (equal) printf("OK: %zu of the golden's %zu stages compared, all the same\n", compared, golden.count);
     release(&golden);
     release(&mine);
     return !equal;

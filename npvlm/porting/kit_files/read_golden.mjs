@@ -108,7 +108,7 @@ function main(args) {
       return 1;
     }
   }
-  console.log(`OK: ${common.length} of ${golden.size} stages are the same`);
+  console.log(`OK: ${common.length} of the golden's ${golden.size} stages compared, all the same`);
   return 0;
 }
 

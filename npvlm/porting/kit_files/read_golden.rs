@@ -218,7 +218,7 @@ fn run(arguments: &[String]) -> Read<bool> {
     if compared == 0 {
         return Err(format!("{path} has no stage of the golden"));
     }
-    println!("OK: {compared} of {} stages are the same", golden.len());
+    println!("OK: {compared} of the golden's {} stages compared, all the same", golden.len());
     Ok(true)
 }
 
