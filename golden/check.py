@@ -25,6 +25,7 @@ import numpy as np
 
 import npvlm
 from golden import check_stored, oracle, ours
+from golden.check_masks import check_masks
 from golden.oracle import RECIPES, STEPS, WIDE, Case, Recipe
 from golden.ours import rms
 from npvlm.api import Model
@@ -101,6 +102,7 @@ def main() -> int:
     show_losses(report)
     if not arguments.wide:
         report.differences += check_stored.check()
+        report.differences += check_masks()
 
     for difference in report.differences:
         print(f"DIFFERENT  {difference}")

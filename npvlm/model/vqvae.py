@@ -2,8 +2,8 @@
 
 Pictures have their channels last here, so that a pixel is a row and a convolution a linear layer.
 
-Axis letters: N masks · h, w sides of a picture · C, O channels in and out · k side of a kernel ·
-E width of a code.
+Axis letters: N masks · h, w sides of a picture · u, v of one twice as large · C, O channels in and
+out · k side of a kernel · E width of a code.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npvlm.model.ops import Index
 from npvlm.model.weights import Array, Weights, unpack
@@ -19,13 +20,13 @@ CODEBOOK = "_vq_vae._embedding"
 CODES, GRID, SIDE = 128, 4, 64  # a mask of SIDE x SIDE is GRID x GRID codes, row by row
 
 
-def decode_masks(codes: Index, w: Weights, *, ops: ModuleType) -> Array:
+def decode_masks(codes: Index, w: Weights, dtype: DTypeLike, *, ops: ModuleType) -> Array:
     """Paint masks from their codes: above 0 inside of the thing, about -1 to 1.
 
-    codes [N, 16] -> [N, 64, 64] float32
+    codes [N, 16] -> [N, 64, 64]
     Source: big_vision's evaluator of PaliGemma's segmentation; VQ-VAE, arXiv 1711.00937.
     """
-    codebook = unpack(w[CODEBOOK], np.float32)
+    codebook = unpack(w[CODEBOOK], dtype)
     x = codebook[codes].reshape(len(codes), GRID, GRID, -1)  # [N, 4, 4, E]
     w = w.scope("decoder")
     x = _relu(conv(x, w, "0", ops=ops))
@@ -67,7 +68,7 @@ def conv_transpose(x: Array, w: Weights, layer: str, *, ops: ModuleType) -> Arra
 
     What reaches beyond the doubled picture by a pixel is cut off. Kernels are stored [C, O, 4, 4].
 
-    x [N, h, w, C], w [C, O, k, k], bias [O] -> [N, 2 h, 2 w, O]
+    x [N, h, w, C], w [C, O, k, k], bias [O] -> [N, u, v, O]
     """
     (N, height, width, C), weight = x.shape, unpack(w[f"{layer}.weight"], x.dtype)
     _, O, k, _ = weight.shape

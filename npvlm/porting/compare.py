@@ -455,7 +455,7 @@ def _verdict(
             else ""
         )
     if missing:
-        sentence += f" ({len(missing)} stages were not in the dump.)"
+        sentence += f" Not in the dump: {_list(missing)}."
     named = kind.name if kind.name in ("nan", "constant") else None
     return Verdict(
         False,
