@@ -142,6 +142,11 @@ def post_norms_missing(c: Case) -> Iterator[Guess]:
 
 def pre_post_confused(c: Case) -> Iterator[Guess]:
     if not is_second(c):
+        attention, weight = c.inside("self_attn"), c.weights.get(f"{c.stage}.weight")
+        if c.stage.endswith("post_attention_layernorm") and attention is not None:
+            eps = c.config.text_config.rms_norm_eps
+            normed = c.ops.rms_norm(attention, weight, eps)
+            yield "attention alone is normed, as in Gemma 2, not the stream with it", normed
         return
     text = replace(c.config.text_config, model_type="gemma")
     first = c.run(config=replace(c.config, text_config=text))
