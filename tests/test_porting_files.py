@@ -102,6 +102,8 @@ EDITS: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
     ("model", lambda notes: notes.update(model=None)),
     ("step", lambda notes: notes.update(step="0")),
     ("answer", lambda notes: notes.pop("answer")),
+    ("ids", lambda notes: notes.pop("ids")),
+    ("ids", lambda notes: notes.update(ids=["1"])),
     ("stage 2 has no name", lambda notes: notes["stages"][2].pop("name")),
     ("shape", lambda notes: notes["stages"][2].update(shape=None)),
     ("rms", lambda notes: notes["stages"][2].update(rms="1")),
@@ -242,6 +244,17 @@ def test_colours_from_0_to_255_are_not_taken_for_rounding(
     pixels = (traced.stages["pixel_values"] + 1) * np.float32(127.5)
     report = compare(reference, npz(tmp_path, {"pixel_values": np.rint(pixels)}), model=model)
     assert report.verdict.cause == "range_other" and "bfloat16" not in report.verdict.sentence
+
+
+def test_a_compact_reference_is_enough_for_a_cause(
+    traced: Trace, model: Model, tmp_path: Path
+) -> None:
+    save_trace(traced, tmp_path / "compact.json", floors(traced, model), compact=True)
+    stages = {n: traced.stages[n].copy() for n in ("multi_modal_projector", "inputs_embeds")}
+    images = model.config.vision_config.num_patches
+    stages["inputs_embeds"][:images] /= np.sqrt(stages["inputs_embeds"].shape[1])
+    report = compare(tmp_path / "compact.json", npz(tmp_path, stages), model=model)
+    assert report.verdict.cause == "image_divided_by_sqrt", report.verdict.sentence
 
 
 def test_a_broken_number_is_called_by_its_name_and_place(

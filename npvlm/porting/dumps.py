@@ -388,9 +388,12 @@ def _check_manifest(path: Path, notes: Mapping[str, Any]) -> None:
         ("model", str, "the model's name"),
         ("step", int, "the number of the call"),
         ("answer", list, "the ids before the call"),
+        ("ids", list, "those of picture and prompt"),
     ):
         if not isinstance(notes.get(key), kind):
             refuse(f"{key} is {notes.get(key)!r:.60}", expected)
+    if not all(type(number) is int for number in (*notes["ids"], *notes["answer"])):
+        refuse("ids and answer hold something else", "whole numbers")
     for number, entry in enumerate(notes["stages"]):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             refuse(f"stage {number} has no name", "one")

@@ -59,8 +59,11 @@ class Context:
     floor: float
 
     def reference(self, name: str) -> Array | None:
-        """The reference's value of a stage, where it has arrays."""
-        return plain(self.truth.read(name)) if name in self.truth.dtypes else None
+        """The reference's value of a stage, where it has arrays; ids are in its manifest, too."""
+        if name in self.truth.dtypes:
+            return plain(self.truth.read(name))
+        ids = (self.truth.manifest or {}).get("ids")
+        return np.array(ids, np.int64) if name == "input_ids" and ids and not self.step else None
 
     @property
     def step(self) -> int:

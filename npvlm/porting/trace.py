@@ -215,6 +215,7 @@ def _facts(
         "model": model.name,
         "config": read_json(find_folder(model.name) / "config.json"),
         "prompt": prompt,
+        "ids": inputs.ids.tolist(),
         "step": len(inputs.answer),
         "answer": list(inputs.answer),
         "precision": model.precision,
