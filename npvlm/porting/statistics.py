@@ -35,8 +35,8 @@ def describe(value: Array) -> dict[str, Any]:
         "shape": list(value.shape),
         "dtype": DTYPES[value.dtype.name],
         **dict(zip(("mean", "std", "min", "max", "rms"), _rounded(moments), strict=True)),
-        "first": _rounded(wide[:SHOWN]),
-        "slice": _rounded(wide[places]),
+        "first": _rounded(wide[:SHOWN], 6),
+        "slice": _rounded(wide[places], 6),
         "sketch": _rounded(sketch(flat)),
         "sha256": hashlib.sha256(flat.astype(flat.dtype.newbyteorder("<")).tobytes()).hexdigest(),
     }
@@ -82,6 +82,6 @@ def _splitmix(number: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-def _rounded(values: NDArray[np.float64]) -> list[float]:
-    """Numbers in eight digits: a tenth of what float32 rounds off."""
-    return [float(f"{value:.8g}") for value in values]
+def _rounded(values: NDArray[np.float64], digits: int = 8) -> list[float]:
+    """Numbers in a few digits; eight are a tenth of what float32 rounds off, six are to look at."""
+    return [float(f"{value:.{digits}g}") for value in values]
