@@ -13,7 +13,7 @@ from npvlm.model.vqvae import decode_masks
 from npvlm.model.weights import Weights
 
 COUNT = 20  # masks
-LIMIT = 1e-12  # of float64, relative: some hundred sums of up to 1,152 terms, one after the other
+LIMIT = 1e-13  # of float64, relative; measured: 1.5e-15
 
 
 @torch.no_grad()

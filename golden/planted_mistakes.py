@@ -230,6 +230,50 @@ def after(layers: str, count: int, skipped_layer: int, norm: str, end: str) -> s
     return end if skipped_layer == count - 1 else f"{layers}.{skipped_layer + 1}.{norm}"
 
 
+Half = Callable[[Port], nn.Module]
+Wiring = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], Tensor]
+
+
+def rewired(layers: Half, wiring: Wiring) -> Plant:
+    """Put the parts of every layer together in another way."""
+
+    def forward_of(layer: nn.Module) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *mask: None, **named: Any) -> Tensor:
+            def attend(x: Tensor) -> Tensor:
+                return layer.self_attn(hidden_states=x, **named)[0]
+
+            return wiring(layer, hidden_states, attend)
+
+        return forward
+
+    def plant(port: Port) -> None:
+        for layer in layers(port):
+            layer.forward = forward_of(layer)
+
+    return plant
+
+
+def tower_layers(port: Port) -> nn.Module:
+    return port.tower.encoder.layers
+
+
+def decoder_layers(port: Port) -> nn.Module:
+    return port.decoder.layers
+
+
+def renormed(half: Half, change: Callable[[Tensor, nn.Module], Tensor]) -> Plant:
+    """Norm rows in another way."""
+
+    def forward_of(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: change(x, norm)
+
+    def plant(port: Port) -> None:
+        for norm in norms(half(port)):
+            norm.forward = forward_of(norm)
+
+    return plant
+
+
 # --- the tower -----------------------------------------------------------------------------------
 
 
@@ -287,19 +331,6 @@ def heads_not_joined(port: Port) -> None:
         attn.forward = forward_of(attn)
 
 
-def other_norm(change: Callable[[Tensor, nn.Module], Tensor]) -> Plant:
-    """Norm the rows of the tower in another way."""
-
-    def forward_of(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda x: change(x, norm)
-
-    def plant(port: Port) -> None:
-        for norm in norms(port.tower):
-            norm.forward = forward_of(norm)
-
-    return plant
-
-
 def by_less(x: Tensor, norm: nn.Module) -> Tensor:
     deviation = torch.sqrt(x.var(-1, correction=1, keepdim=True) + norm.eps)
     return (x - x.mean(-1, keepdim=True)) / deviation * norm.weight + norm.bias
@@ -319,27 +350,6 @@ def queries_and_keys_swapped(port: Port) -> None:
     for attn in attention(port.tower):
         swapped(attn.q_proj, attn.k_proj)
         attn.q_proj.bias, attn.k_proj.bias = attn.k_proj.bias, attn.q_proj.bias
-
-
-def rewired_tower(
-    wiring: Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], Tensor],
-) -> Plant:
-    """Put the parts of every layer of the tower together in another way."""
-
-    def forward_of(layer: nn.Module) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, attention_mask: Any = None, **rest: Any) -> Tensor:
-            def attend(x: Tensor) -> Tensor:
-                return layer.self_attn(hidden_states=x, attention_mask=attention_mask)[0]
-
-            return wiring(layer, hidden_states, attend)
-
-        return forward
-
-    def plant(port: Port) -> None:
-        for layer in port.tower.encoder.layers:
-            layer.forward = forward_of(layer)
-
-    return plant
 
 
 def first_residual_missing(
@@ -390,21 +400,25 @@ TOWER = (
             )
         ),
     ),
-    Mistake("vit_norm", f"{V0}.layer_norm1", other_norm(by_less), note="D - 1"),
-    Mistake("vit_norm", f"{V0}.layer_norm1", other_norm(rms), note="RMSNorm"),
+    Mistake(
+        "vit_norm", f"{V0}.layer_norm1", renormed(lambda port: port.tower, by_less), note="D - 1"
+    ),
+    Mistake(
+        "vit_norm", f"{V0}.layer_norm1", renormed(lambda port: port.tower, rms), note="RMSNorm"
+    ),
     Mistake("norms_swapped", f"{V0}.layer_norm1", tower_norms_swapped),
     Mistake("qk_swapped", f"{V0}.self_attn.q_proj", queries_and_keys_swapped),
     Mistake("heads_not_joined", f"{V0}.self_attn.attend", heads_not_joined),
     Mistake(
         "residual_missing",
         f"{V0}.layer_norm2",
-        rewired_tower(first_residual_missing),
+        rewired(tower_layers, first_residual_missing),
         note="attention's",
     ),
     Mistake(
         "residual_missing",
         V0,
-        rewired_tower(second_residual_early),
+        rewired(tower_layers, second_residual_early),
         note="from the layer's input",
     ),
     Mistake(
@@ -543,14 +557,6 @@ JOINT = (
 # --- the decoder ---------------------------------------------------------------------------------
 
 
-def rms_weight(port: Port) -> None:
-    def forward_of(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda x: functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-
-    for norm in norms(port.decoder):
-        norm.forward = forward_of(norm)
-
-
 def rope_pairs(port: Port) -> None:
     """Turn neighbours (2i, 2i + 1) where (i, i + d / 2) belong together."""
 
@@ -618,28 +624,6 @@ def windowed(port: Port, layers: Callable[[int], bool]) -> None:
     )
 
 
-Wiring = Callable[[nn.Module, Tensor, Callable[[Tensor], Tensor]], Tensor]
-
-
-def rewired(wiring: Wiring) -> Plant:
-    """Put the parts of every decoder layer together in another way."""
-
-    def forward_of(layer: nn.Module) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, **named: Any) -> Tensor:
-            def attend(x: Tensor) -> Tensor:
-                return layer.self_attn(hidden_states=x, **named)[0]
-
-            return wiring(layer, hidden_states, attend)
-
-        return forward
-
-    def plant(port: Port) -> None:
-        for layer in port.decoder.layers:
-            layer.forward = forward_of(layer)
-
-    return plant
-
-
 def as_gemma_1(layer: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
     x = x + attend(layer.input_layernorm(x))
     return x + layer.mlp(layer.post_attention_layernorm(x))
@@ -698,7 +682,7 @@ def lm_head_untied(port: Port) -> None:
 
 
 DECODER = (
-    Mistake("rms_weight", f"{T0}.input_layernorm", rms_weight),
+    Mistake("rms_weight", f"{T0}.input_layernorm", renormed(lambda port: port.decoder, rms)),
     Mistake(
         "rms_eps",
         f"{T0}.input_layernorm",
@@ -762,27 +746,27 @@ DECODER = (
     Mistake(
         "pre_post_confused",
         f"{T0}.post_attention_layernorm",
-        rewired(as_gemma_2),
+        rewired(decoder_layers, as_gemma_2),
         shows=gemma_1,
         note="as in Gemma 2",
     ),
     Mistake(
         "pre_post_confused",
         f"{T0}.post_attention_layernorm",
-        rewired(as_gemma_1),
+        rewired(decoder_layers, as_gemma_1),
         shows=gemma_2,
         note="as in Gemma 1",
     ),
     Mistake(
         "residual_normed",
         f"{T0}.post_attention_layernorm",
-        rewired(normed_stream_1),
+        rewired(decoder_layers, normed_stream_1),
         shows=gemma_1,
     ),
     Mistake(
         "residual_normed",
         f"{T0}.pre_feedforward_layernorm",
-        rewired(normed_stream_2),
+        rewired(decoder_layers, normed_stream_2),
         shows=gemma_2,
     ),
     Mistake(

@@ -133,10 +133,11 @@ def write_folder(
     folder: Path,
     weights: Mapping[str, torch.Tensor],
     tokenizer: sentencepiece.SentencePieceProcessor,
+    family: int = 1,
 ) -> None:
     """Write the model's files as they are published, the weights rounded to bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = published_config(tokenizer)
+    config = published_config(tokenizer, family)
     files = {
         "config.json": config,
         "generation_config.json": {

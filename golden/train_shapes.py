@@ -1,5 +1,4 @@
-"""Train the bundled models: `shapes`, a small PaliGemma that knows drawn shapes and digits, and
-`shapes2`, the same as a PaliGemma 2.
+"""Train the bundled models, small PaliGemmas (1: `shapes`, 2: `shapes2`) that know drawn shapes.
 
 python golden/train_masks.py --checkpoint MASKS --save npvlm/bundled/vae.safetensors
 python golden/train_shapes.py --masks MASKS/masks.pt --minutes 100 --checkpoint RUN \
@@ -419,7 +418,8 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write the model's folder, measure it through npvlm, and write down how it was made."""
-        shapes_folder.write_folder(folder, self.model.state_dict(), self.tokenizer)
+        weights = self.model.state_dict()
+        shapes_folder.write_folder(folder, weights, self.tokenizer, self.given.family)
         run = {
             "program": "golden/train_shapes.py",
             "options": {

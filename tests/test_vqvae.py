@@ -64,7 +64,7 @@ def published_weights(seed: int) -> Weights:
         bias = (rng.standard_normal(outs) * 0.1).astype(np.float16)
         return {f"decoder.{name}.weight": weight, f"decoder.{name}.bias": bias}
 
-    found = {vqvae.CODEBOOK: rng.standard_normal((vqvae.CODES, 512)).astype(np.float16)}
+    found = {vqvae.CODEBOOK: rng.standard_normal((128, 512)).astype(np.float16)}
     found |= layer("0", (128, 512, 1, 1), 128)
     for block in ("2", "3"):
         for place, k in (("0", 3), ("2", 3), ("4", 1)):

@@ -17,7 +17,7 @@ from npvlm.model.ops import Index
 from npvlm.model.weights import Array, Weights, unpack
 
 CODEBOOK = "_vq_vae._embedding"
-CODES, GRID, SIDE = 128, 4, 64  # a mask of SIDE x SIDE is GRID x GRID codes, row by row
+GRID = 4  # a mask is GRID x GRID codes, row by row
 
 
 def decode_masks(codes: Index, w: Weights, dtype: DTypeLike, *, ops: ModuleType) -> Array:

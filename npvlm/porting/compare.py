@@ -7,7 +7,6 @@ judged by the noise floor of the stage, in the precision that the port claims.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from npvlm.porting.dumps import Dump, open_dump
 from npvlm.porting.floors import LEAST
 from npvlm.porting.kinds import Kind, best_scale, kind_of, plain
 from npvlm.porting.layouts import FROM_ZERO, PAIRS, Layout, layouts
-from npvlm.porting.names import Found, match, suggest, unmatched
+from npvlm.porting.names import Found, found_in, suggest, unmatched
 from npvlm.porting.replay import replay
 from npvlm.porting.stages import EXACT, SCHEMA, chosen
 from npvlm.porting.statistics import rms, sketch
@@ -39,8 +38,7 @@ UNUSED = 64  # rows that a table may have behind its last token, or lack
 BAD = ("DIFF", "SHAPE", "NAN")
 MOST_NAMED = 3  # of several stages, in a sentence
 
-_LAYER = re.compile(r"\.layers\.\d+")
-_STORED = {"BF16": "bfloat16", "F16": "float16"}
+STORED = {"BF16": "bfloat16", "F16": "float16"}  # what a port that stores so computes in
 
 
 @dataclass(frozen=True)
@@ -168,13 +166,13 @@ def compare(
     if not asked:
         raise UsageError(f"{only!r} names no stage of {reference}; docs/stages.md lists them.")
     held = list(port.dtypes) or list(port.described())
-    found = match(held, list(described)) | _mapped(names or {}, described, held, mine)
+    found = found_in(held, list(described), names, mine)
     if not any(name in found for name in asked):
         raise UsageError(_nothing_in_common(mine, held, found, list(described)))
     told, precision = precision, precision or _claimed(port, found)
 
     def judging(stage: str) -> str:
-        stored = _STORED.get(port.dtypes.get(found[stage].name, "")) if stage in found else None
+        stored = STORED.get(port.dtypes.get(found[stage].name, "")) if stage in found else None
         return stored or precision if told is None else told
 
     # A replay reads what the port shows elsewhere, too.
@@ -222,7 +220,7 @@ def model_of(reference: Path) -> Model | None:
     if notes is None:
         return None
     around = reference.expanduser().resolve().parents
-    for place in (notes["model"], *(parent / notes["model"] for parent in around)):
+    for place in dict.fromkeys([notes["model"], *(str(up / notes["model"]) for up in around)]):
         try:
             model = load(place, ops="numpy")
         except NpvlmError:
@@ -266,22 +264,10 @@ def _alone(rows: Mapping[str, Row]) -> Iterator[tuple[str, str]]:
 def _claimed(port: Dump, found: Mapping[str, Found]) -> str:
     """The precision that most of a port's arrays are stored in."""
     stored = [port.dtypes.get(place.name) for place in found.values()]
-    for kind, name in _STORED.items():
+    for kind, name in STORED.items():
         if stored.count(kind) > sum(one in ("F32", "F64") for one in stored):
             return name
     return "float32"
-
-
-def _mapped(
-    names: Mapping[str, str], described: Mapping[str, Any], held: list[str], mine: Path
-) -> dict[str, Found]:
-    """The stages that a map names; those of some layers may be missing, not of all."""
-    found = {s: Found(n) for s, n in names.items() if s in described and n in held}
-    kinds = {_LAYER.sub(".layers.", stage) for stage in found}
-    for stage, name in names.items():
-        if stage in described and _LAYER.sub(".layers.", stage) not in kinds:
-            raise UsageError(f"{mine} has no {name!r}, which the map names for {stage}.")
-    return found
 
 
 def _meant(name: str, found: Mapping[str, Found], described: Mapping[str, Any]) -> str | None:
@@ -334,10 +320,12 @@ def _judge(
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         return replace(row, status="NAN"), None
     expected = truth.read(stage) if stage in truth.dtypes else None
-    short = 0
+    left_out = ""
     if stage == LOGITS and expected is not None:
-        short = expected.shape[-1] - value.shape[-1] if value.ndim else 0
-        value = _with_all_columns(value, expected)
+        filled = _with_all_columns(value, expected)
+        if filled is not value:
+            left_out = f"{filled.shape[-1] - value.shape[-1]} unused columns left out"
+            value = filled
     best: tuple[float, Layout] | None = None
     for layout in layouts(value, stage, shape, config, found.part):
         if refused is not None and refused in layout.how:
@@ -356,9 +344,7 @@ def _judge(
     scale = None if expected is None else best_scale(arranged, expected)
     status = "OK" if error <= LIMIT * floor else "DIFF"
     over = error / floor if floor else None
-    how = best[1].how
-    if 0 < short <= UNUSED:
-        how = ", ".join(filter(None, (how, f"{short} unused columns left out")))
+    how = ", ".join(filter(None, (best[1].how, left_out)))
     row = replace(row, status=status, layout=how, error=error, over=over, scale=scale)
     return row, arranged
 
@@ -446,13 +432,11 @@ def _verdict(
     sentence = _sentence(first, kind, cause, precision)
     others = [row.stage for row in rows if row.local_over is not None and _is_wrong(row)]
     if first.stage in others and len(others) > 1:
-        sentence += f" Wrong by themselves, too: {_list(others[others.index(first.stage) + 1 :])}."
+        sentence += f" Wrong by themselves, too: {_list(others[1:])}."
     if model is None and cause is None and kind.name == "numeric" and first.stage not in EXACT:
         sentence += (
-            f" Causes that only weights can show were not tried: {truth.manifest['model']} was not "
-            "found; name it with --model."
-            if truth.manifest
-            else ""
+            " Causes that only weights can show were not tried: name the reference's model with "
+            "--model."
         )
     if missing:
         sentence += f" Not in the dump: {_list(missing)}."

@@ -411,8 +411,8 @@ def _check_manifest(path: Path, notes: Mapping[str, Any]) -> None:
 
 
 def _is_real(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_size(value: object) -> bool:
-    return _is_real(value) and value >= 0  # type: ignore[operator]
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0

@@ -221,6 +221,29 @@ def match(names: Sequence[str], wanted: Sequence[str]) -> dict[str, Found]:
     return {stage: min(claims[stage], key=order).place for stage in wanted if stage in claims}
 
 
+def found_in(
+    held: Sequence[str], wanted: Sequence[str], named: Mapping[str, str] | None, dump: Path
+) -> dict[str, Found]:
+    """Find stages among the names of a dump, first by a map, then as `match` does.
+
+    Parameters
+    ----------
+    named : what `read_map` gave; of a stage in layers some may be missing, not all
+
+    Raises
+    ------
+    UsageError
+        For a name that the map has and the dump has not.
+    """
+    asked = {stage: name for stage, name in (named or {}).items() if stage in wanted}
+    found = {stage: Found(name) for stage, name in asked.items() if name in held}
+    kinds = {_without_layer(stage) for stage in found}
+    for stage, name in asked.items():
+        if _without_layer(stage) not in kinds:
+            raise UsageError(f"{dump} has no {name!r}, which the map names for {stage}.")
+    return match(held, wanted) | found
+
+
 def unmatched(names: Iterable[str], found: Mapping[str, Found]) -> list[str]:
     """The names that no stage was found under, in their order."""
     used = {place.name for place in found.values()}
@@ -267,7 +290,7 @@ def read_map(path: Path) -> dict[str, str]:
         if not isinstance(name, str):
             hint = "; put the stage's name in quotes" if isinstance(name, dict) else ""
             raise UsageError(f"{path}: {stage} is {name!r}, expected the name of an array{hint}.")
-        if re.sub(r"\.layers\.\d+(?=\.|$)", ".layers.{i}", stage) not in known:
+        if _without_layer(stage) not in known:
             near = suggest(stage, known)
             like = f"; did you mean {near[0]}?" if near else "."
             raise UsageError(f"{path}: {stage} is no stage, expected one of docs/stages.md{like}")
@@ -279,6 +302,11 @@ def read_map(path: Path) -> dict[str, str]:
         layers = range(MOST_LAYERS) if "{i}" in stage else range(1)
         named |= {stage.replace("{i}", f"{i}"): name.replace("{i}", f"{i}") for i in layers}
     return named
+
+
+def _without_layer(stage: str) -> str:
+    """A stage with {i} for its layer number."""
+    return re.sub(r"\.layers\.\d+(?=\.|$)", ".layers.{i}", stage)
 
 
 def _patterns() -> list[str]:

@@ -12,12 +12,12 @@ from npvlm.config import Config
 from npvlm.errors import UsageError
 from npvlm.files.output import new_file
 from npvlm.model.weights import Array
-from npvlm.porting.compare import LIMIT
+from npvlm.porting.compare import LIMIT, STORED
 from npvlm.porting.dumps import Dump, open_dump
 from npvlm.porting.floors import LEAST, less_exact
 from npvlm.porting.kinds import plain
 from npvlm.porting.layouts import layouts
-from npvlm.porting.names import Found, match
+from npvlm.porting.names import Found, found_in
 from npvlm.porting.replay import replay
 from npvlm.porting.stages import PICTURE, TEXT, row_size, shape_of, stages
 from npvlm.porting.statistics import rms
@@ -55,7 +55,8 @@ def replay_stage(
     if stage in INPUTS:
         raise UsageError(f"{stage} is what a run begins with; name a stage that is computed.")
     dump = open_dump(mine)
-    given = port_values(dump, model.config, names)
+    found = found_in(list(dump.dtypes), list(known), names, mine)
+    given = port_values(dump, model.config, found)
     if any(name.startswith(TEXT) and len(value) == 1 for name, value in given.items()):
         raise UsageError(
             f"{mine} is of one token, a decoding step, whose layers read the cache, which no stage "
@@ -72,11 +73,10 @@ def replay_stage(
     if save is not None:
         with new_file(save) as draft, draft.open("wb") as file:
             np.save(file, value)
-    place = _places(dump, model.config, names).get(stage)
+    place = found.get(stage)
     if place is None:
         return f"{stage} {list(value.shape)}: rms {rms(value):.6g}; {mine} has none.", True
-    stored = {"BF16": "bfloat16", "F16": "float16"}.get(dump.dtypes[place.name], "float32")
-    precision = precision or stored
+    precision = precision or STORED.get(dump.dtypes[place.name], "float32")
     weights, namespace, to = less_exact(model, precision)
     rougher = replay(before, weights, model.config, stage, ops=namespace)[stage]
     floor = max(_missed(to(rougher), value), LEAST)
@@ -98,13 +98,11 @@ def _missed(value: Array, expected: Array) -> float:
     return rms(value.astype(np.float64) - expected) / size if size else float(value.any())
 
 
-def port_values(dump: Dump, config: Config, names: Mapping[str, str] | None) -> dict[str, Array]:
+def port_values(dump: Dump, config: Config, found: Mapping[str, Found]) -> dict[str, Array]:
     """The stages of a port in the reference's layout, as plainly as their shapes allow."""
-    wanted, found = {one.name: one for one in stages(config)}, _places(dump, config, names)
+    wanted = {one.name: one for one in stages(config)}
     values = {}
     for name, place in found.items():
-        if place.name not in dump.dtypes:
-            raise UsageError(f"{dump.path} has no {place.name!r}, which the map names for {name}.")
         value = dump.read(place.name)
         size = value.size
         if place.part:  # side by side with others
@@ -117,10 +115,3 @@ def port_values(dump: Dump, config: Config, names: Mapping[str, str] | None) -> 
             if arranged is not None:
                 values[name] = plain(arranged.value)
     return values
-
-
-def _places(dump: Dump, config: Config, names: Mapping[str, str] | None) -> dict[str, Found]:
-    """Where a dump has each stage, by its own names or those of a map."""
-    wanted = [one.name for one in stages(config)]
-    found = match(list(dump.dtypes), wanted)
-    return found | {stage: Found(name) for stage, name in (names or {}).items() if stage in wanted}
