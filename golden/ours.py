@@ -79,7 +79,7 @@ def decode(
         model.weights,
         model.config,
         [chooser(i) for i in range(len(answers))],
-        max(len(answer) for answer in answers),
+        [max(len(answer) for answer in answers)] * len(answers),
         ops=model.ops,
         tap=closed,
     )

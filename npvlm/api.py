@@ -6,40 +6,55 @@ V vocabulary.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from npvlm.answers import tasks
+from npvlm.answers.answer import Answer, Seconds, one_line
+from npvlm.answers.boxes import BINS
+from npvlm.answers.confidence import PlaceWatch
+from npvlm.answers.detection import Detection, read_detection
 from npvlm.config import PRECISIONS, Config, read_config
 from npvlm.decoding.generate import Token, generate, logits
 from npvlm.decoding.prompt import TextStream, layout
 from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.checkpoint import open_checkpoint
+from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.packed import at_precision
-from npvlm.files.pictures import Preprocessor, open_picture, pixel_values, read_preprocessor
+from npvlm.files.pictures import (
+    Picture,
+    Preprocessor,
+    open_picture,
+    pixel_values,
+    read_preprocessor,
+)
 from npvlm.files.tokenizer import Tokenizer, load_tokenizer
 from npvlm.model import ops as definitions
-from npvlm.model import paligemma
+from npvlm.model import paligemma, vqvae
 from npvlm.model.ops import Index
 from npvlm.model.tap import closed
 from npvlm.model.weights import PACKERS, Array, Packer, Weights
-
-Picture = str | Path | BinaryIO | Image.Image
 
 BUNDLED = Path(__file__).parent / "bundled"
 # Sequences answered together, and prefix tokens read together: more would be faster still, but the
 # first answer is there only when all are, and a prefill takes memory for every token.
 PACKED_SEQUENCES, PACKED_TOKENS = 8, 4096
+
+__all__ = ["Answer", "Detection", "Failed", "Model", "Piece", "Seconds", "Seen", "load"]
 
 
 # One computation at a time: several Python threads may not start parallel kernels at once.
@@ -72,7 +87,7 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
         config = replace(config, eos_token_ids=(tokenizer.eos_id,))
     preprocessor = read_preprocessor(folder, config)
     weights, precision, namespace = open_weights(folder, config, precision, ops)
-    return Model(str(model), config, weights, tokenizer, preprocessor, precision, namespace)
+    return Model(str(model), folder, config, weights, tokenizer, preprocessor, precision, namespace)
 
 
 def open_weights(
@@ -130,56 +145,50 @@ def _precision(folder: Path, config: Config, asked: str | None) -> str:
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Wall-clock seconds of the packed call that gave an answer, by part."""
-
-    image: float
-    prefill: float
-    decode: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model says about a picture (or several at once), and how sure it was.
-
-    image : the picture as it was given, a list where one was given
-    prompt : as it was given
-    text : the answer without special tokens
-    token_ids : every generated id, an eos that ended it included
-    logprobs : for each of them the natural logarithm of the model's own probability, after the
-        soft-cap and before temperature and filters
-    prompt_token_ids : everything the decoder read, image ids included
-    stop : "eos" or "length"
-    model : the model as it was named
-    precision : "float32", "bfloat16", "int8" or "int4"
-    seed : of the random draws; None where the answer is greedy
-    seconds : of the packed call that this answer was part of
-    """
-
-    image: str | list[str]
-    prompt: str
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    prompt_token_ids: list[int]
-    stop: str
-    model: str
-    precision: str
-    seed: int | None
-    seconds: Seconds
-
-    def to_json(self) -> str:
-        """One line of JSON with these fields, from which every number reads back the same."""
-        text = json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
-        return text.encode("utf-8", "backslashreplace").decode()  # as JSON escapes such bytes
-
-
-@dataclass(frozen=True)
 class Piece:
     """Text that an answer has grown by; `index` counts the answers of the call."""
 
     index: int
     text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A picture as the model reads it, to ask about it again and again.
+
+    name : how answers call it
+    source : the picture
+    width, height : in pixels, upright
+    pixels : float32 [3, R, R]
+    features : what the image tower makes of it [P, D], once it has looked
+    """
+
+    name: str
+    source: Picture = field(repr=False)
+    width: int
+    height: int
+    pixels: NDArray[np.float32] = field(repr=False)
+    features: Array | None = field(default=None, repr=False)
+
+
+Shown = Picture | Seen  # what may be asked about
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A question about a picture that could not be answered, and why, in one sentence."""
+
+    image: str
+    prompt: str
+    error: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The three fields."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """One line of JSON with the three fields."""
+        return one_line(self.to_dict())
 
 
 @dataclass
@@ -188,10 +197,11 @@ class _Sequence:
 
     index: int
     image: str | list[str]
-    pictures: list[Picture]
+    pictures: list[Shown]
     prompt: str
     ids: Index
-    chooser: Chooser
+    max_tokens: int
+    chooser: PlaceWatch
     text: TextStream
     tokens: list[Token] = field(default_factory=list)
 
@@ -201,6 +211,7 @@ class Model:
     """An opened checkpoint: its config, memory-mapped weights, tokenizer and picture settings."""
 
     name: str
+    folder: Path
     config: Config
     weights: Weights = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
@@ -210,7 +221,7 @@ class Model:
 
     def generate(
         self,
-        images: Picture | Sequence[Picture | Sequence[Picture]],
+        images: Shown | Sequence[Shown | Sequence[Shown]],
         prompts: str | Sequence[str],
         *,
         max_tokens: int = 100,
@@ -247,7 +258,7 @@ class Model:
 
     def stream(
         self,
-        image: Picture | Sequence[Picture],
+        image: Shown | Sequence[Shown],
         prompt: str,
         *,
         max_tokens: int = 100,
@@ -265,8 +276,168 @@ class Model:
             if isinstance(event, Piece):
                 yield event.text
 
+    def caption(self, image: Shown, lang: str = "en", *, max_tokens: int | None = None) -> Answer:
+        """Say what is on a picture."""
+        return self._one(image, tasks.caption_prompt(lang), max_tokens)
+
+    def ask(
+        self, image: Shown, question: str, lang: str = "en", *, max_tokens: int | None = None
+    ) -> Answer:
+        """Answer a question about a picture."""
+        return self._one(image, tasks.ask_prompt(question, lang), max_tokens)
+
+    def ocr(self, image: Shown, *, max_tokens: int | None = None) -> Answer:
+        """Read the text on a picture."""
+        return self._one(image, tasks.ocr_prompt(), max_tokens)
+
+    def detect(
+        self,
+        image: Shown,
+        labels: str | Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        bins: int = BINS,
+    ) -> Detection:
+        """Find things on a picture.
+
+        Parameters
+        ----------
+        labels : what to find: "cat", "cat ; dog", or a list
+        max_tokens : most tokens of the answer
+        bins : what locations count up to; 1023 for models trained with big_vision's convention
+        """
+        seen = self.prepare(image)
+        return self.detection(self._one(seen, tasks.detect_prompt(labels), max_tokens), seen, bins)
+
+    def segment(
+        self,
+        image: Shown,
+        labels: str | Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        bins: int = BINS,
+    ) -> Detection:
+        """Find things on a picture, each with its mask. Parameters as `detect`.
+
+        Raises
+        ------
+        NpvlmError
+            Where the model comes without a mask decoder.
+        """
+        self.mask_decoder  # noqa: B018 (where it is missing, that is said before the work)
+        seen = self.prepare(image)
+        return self.detection(self._one(seen, tasks.segment_prompt(labels), max_tokens), seen, bins)
+
+    def batch(
+        self,
+        images: Iterable[Shown],
+        prompts: str | Iterable[str],
+        *,
+        max_tokens: int | None = None,
+        bins: int = BINS,
+    ) -> Iterator[Answer | Detection | Failed]:
+        """Answer about any number of pictures, in their order, as soon as each answer is there.
+
+        Several are answered together, and pictures are read while the model works. A picture that
+        cannot be read gives a Failed in its place, and the rest goes on. Prompts that begin with
+        `detect` or `segment` give a Detection, all others an Answer; each is what the picture alone
+        would give, bit for bit.
+
+        Parameters
+        ----------
+        images : one picture for each answer
+        prompts : one for all pictures, or one for each
+        max_tokens : most tokens of an answer; by default what its task needs
+        bins : as in `detect`
+
+        Raises
+        ------
+        UsageError
+            For numbers out of range, or more prompts than pictures, or fewer.
+        NpvlmError
+            Where a mask is asked for and the model has no mask decoder.
+        """
+        _check_bins(bins)
+        if isinstance(prompts, str):
+            prompts = repeat(prompts)
+            pairs: Iterable[tuple[Shown, str]] = zip(images, prompts, strict=False)
+        else:
+            pairs = _pairs(images, prompts)
+        pack: list[Failed | tuple[Seen, str]] = []
+        for asked in self._read_ahead(pairs, max_tokens):
+            pack.append(asked)
+            if len(pack) == PACKED_SEQUENCES:
+                yield from self._answer_pack(pack, max_tokens, bins)
+                pack = []
+        yield from self._answer_pack(pack, max_tokens, bins)
+
+    def _read_ahead(
+        self, pairs: Iterable[tuple[Shown, str]], max_tokens: int | None
+    ) -> Iterator[Failed | tuple[Seen, str]]:
+        """Prepare pictures in a thread of its own, up to two packs before they are needed."""
+
+        def prepare(image: Shown, prompt: str) -> Failed | tuple[Seen, str]:
+            try:
+                self._layout(prompt, 1, max_tokens or tasks.max_tokens(prompt))
+                return self.prepare(image), prompt
+            except NpvlmError as error:
+                return Failed(_name(image), prompt, str(error))
+
+        reader = ThreadPoolExecutor(1)
+        try:
+            ahead: deque[Future[Failed | tuple[Seen, str]]] = deque()
+            for image, prompt in pairs:
+                ahead.append(reader.submit(prepare, image, prompt))
+                if len(ahead) == 2 * PACKED_SEQUENCES:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+    def _answer_pack(
+        self, pack: Sequence[Failed | tuple[Seen, str]], max_tokens: int | None, bins: int
+    ) -> Iterator[Answer | Detection | Failed]:
+        """Answer those of a pack that can be answered, and hand on all in their order."""
+        asked = [entry for entry in pack if not isinstance(entry, Failed)]
+        if any(tasks.task_of(prompt) == "segment" for _, prompt in asked):
+            self.mask_decoder  # noqa: B018 (where it is missing, that is said before the work)
+        limits = [max_tokens or tasks.max_tokens(prompt) for _, prompt in asked]
+        images, prompts = [seen for seen, _ in asked], [prompt for _, prompt in asked]
+        events = self.events(images, prompts, Sampling(), max_tokens=limits)
+        answers = (event for event in events if isinstance(event, Answer))
+        for entry in pack:
+            if isinstance(entry, Failed):
+                yield entry
+                continue
+            seen, prompt = entry
+            answer = next(answers)
+            finds = tasks.task_of(prompt) in ("detect", "segment")
+            yield self.detection(answer, seen, bins) if finds else answer
+
+    def _one(self, image: Shown, prompt: str, max_tokens: int | None) -> Answer:
+        """One answer about one picture."""
+        return self.generate(image, prompt, max_tokens=max_tokens or tasks.max_tokens(prompt))[0]
+
+    def detection(self, answer: Answer, seen: Seen, bins: int = BINS) -> Detection:
+        """Read the boxes and masks of an answer to a `detect` or `segment` prompt."""
+        _check_bins(bins)
+        paint = self._paint if tasks.task_of(answer.prompt) == "segment" else None
+        size = seen.width, seen.height
+        return read_detection(answer, seen.source, size, self.tokenizer, paint, bins)
+
+    def _paint(self, codes: Index) -> NDArray[np.float32]:
+        """Masks from their codes. codes [N, 16] -> [N, 64, 64]"""
+        with _COMPUTING:
+            return vqvae.decode_masks(codes, self.mask_decoder, np.float32, ops=self.ops)
+
+    @cached_property
+    def mask_decoder(self) -> Weights:
+        """The weights that turn `<seg...>` tokens into masks."""
+        return open_mask_decoder(find_mask_decoder(self.folder))
+
     def logits(
-        self, images: Picture | Sequence[Picture], prompt: str, answer_ids: Sequence[int]
+        self, images: Shown | Sequence[Shown], prompt: str, answer_ids: Sequence[int]
     ) -> NDArray[np.float32]:
         """Score a whole sequence in one pass: row t says what may follow token t.
 
@@ -292,22 +463,24 @@ class Model:
 
     def events(
         self,
-        images: Picture | Sequence[Picture | Sequence[Picture]],
+        images: Shown | Sequence[Shown | Sequence[Shown]],
         prompts: str | Sequence[str],
         sampling: Sampling,
         *,
-        max_tokens: int = 100,
+        max_tokens: int | Sequence[int] = 100,
         seed: int | None = None,
     ) -> Iterator[Piece | Answer]:
         """Everything `generate` does, as it happens: pieces of text, then the answers in order.
 
-        Pictures are read when their turn comes, so any number of them fits in memory.
+        Pictures are read when their turn comes, so any number of them fits in memory. max_tokens is
+        one number for all, or one for each.
         """
-        for name, number in (("max_tokens", max_tokens), ("seed", seed)):
+        limits = [max_tokens] if isinstance(max_tokens, int) else [*max_tokens]
+        for name, number in (*(("max_tokens", limit) for limit in limits), ("seed", seed)):
             if type(number) is not int and (name, number) != ("seed", None):
                 raise UsageError(f"{name} is {number!r}, expected a whole number.")
-        if max_tokens < 1:
-            raise UsageError(f"max_tokens is {max_tokens}, expected 1 or more.")
+        if min(limits, default=1) < 1:
+            raise UsageError(f"max_tokens is {min(limits)}, expected 1 or more.")
         if seed is not None and seed < 0:
             raise UsageError(f"seed is {seed}, expected 0 or a larger whole number.")
         if sampling.greedy:
@@ -323,25 +496,25 @@ class Model:
                 f"{len(prompts)} prompts for {len(entries)} pictures; expected one prompt for "
                 "all, or one for each."
             )
+        limits = limits * len(entries) if isinstance(max_tokens, int) else limits
         sequences = []
-        for index, (entry, prompt) in enumerate(zip(entries, prompts, strict=True)):
+        for index, (entry, prompt, limit) in enumerate(zip(entries, prompts, limits, strict=True)):
             pictures = _as_list(entry)
             sequence = _Sequence(
                 index=index,
                 image=_name(entry) if _is_one(entry) else [_name(p) for p in pictures],
                 pictures=pictures,
                 prompt=prompt,
-                ids=self._layout(prompt, len(pictures), max_tokens),
-                chooser=Chooser(sampling, seed, ops=self.ops),
+                ids=self._layout(prompt, len(pictures), limit),
+                max_tokens=limit,
+                chooser=PlaceWatch(Chooser(sampling, seed, ops=self.ops), self.tokenizer),
                 text=TextStream(self.tokenizer),
             )
             sequences.append(sequence)
         for pack in _packs(sequences):
-            yield from self._answer(pack, max_tokens, seed)
+            yield from self._answer(pack, seed)
 
-    def _answer(
-        self, pack: list[_Sequence], max_tokens: int, seed: int | None
-    ) -> Iterator[Piece | Answer]:
+    def _answer(self, pack: list[_Sequence], seed: int | None) -> Iterator[Piece | Answer]:
         """Run one packed call."""
         began = time.perf_counter()
         features = self._features([picture for s in pack for picture in s.pictures])
@@ -354,7 +527,7 @@ class Model:
             self.weights,
             self.config,
             [s.chooser for s in pack],
-            max_tokens,
+            [s.max_tokens for s in pack],
             ops=self.ops,
             tap=closed,
         )
@@ -380,12 +553,14 @@ class Model:
 
     def _finished(self, sequence: _Sequence, seed: int | None, seconds: Seconds) -> Answer:
         ids = [token.id for token in sequence.tokens]
+        logprobs = [token.logprob for token in sequence.tokens]
         return Answer(
             image=sequence.image,
             prompt=sequence.prompt,
             text=self.tokenizer.decode(ids),
             token_ids=ids,
-            logprobs=[token.logprob for token in sequence.tokens],
+            logprobs=logprobs,
+            nearby=[p + gain for p, gain in zip(logprobs, sequence.chooser.gains, strict=True)],
             prompt_token_ids=sequence.ids.tolist(),
             stop="eos" if ids[-1] in self.config.eos_token_ids else "length",
             model=self.name,
@@ -394,20 +569,40 @@ class Model:
             seconds=seconds,
         )
 
-    def _features(self, pictures: Sequence[Picture]) -> Array:
+    def _features(self, pictures: Sequence[Shown]) -> Array:
         """Image features [N, P, D]; a picture that comes several times is looked at once."""
         distinct = {_key(picture): picture for picture in pictures}
-        pixels = np.stack([self._pixels(picture) for picture in distinct.values()])
-        with _COMPUTING:
-            features = paligemma.image_features(
-                pixels, self.weights, self.config, ops=self.ops, tap=closed
-            )
-        place = {key: i for i, key in enumerate(distinct)}
-        return features[[place[_key(picture)] for picture in pictures]]
+        seen = [self.prepare(picture) for picture in distinct.values()]
+        found = {key: s.features for key, s in zip(distinct, seen, strict=True)}
+        new = [key for key, features in found.items() if features is None]
+        if new:
+            pixels = np.stack([s.pixels for s in seen if s.features is None])
+            with _COMPUTING:
+                features = paligemma.image_features(
+                    pixels, self.weights, self.config, ops=self.ops, tap=closed
+                )
+            found.update(zip(new, features, strict=True))
+        return np.stack([found[_key(picture)] for picture in pictures])  # type: ignore[misc]
 
-    def _pixels(self, picture: Picture) -> NDArray[np.float32]:
+    def prepare(self, picture: Shown) -> Seen:
+        """Read a picture and shrink it to what the tower takes, ahead of asking about it.
+
+        Raises
+        ------
+        NpvlmError
+            For a picture that cannot be read.
+        """
+        if isinstance(picture, Seen):
+            return picture
         rgb = open_picture(picture)
-        return pixel_values(rgb, self.preprocessor)
+        kept = picture if isinstance(picture, (str, Path)) else rgb  # a stream is read only once
+        pixels = pixel_values(rgb, self.preprocessor)
+        return Seen(_name(picture), kept, rgb.width, rgb.height, pixels)
+
+    def look(self, picture: Shown) -> Seen:
+        """Show the image tower a picture once, for any number of questions about it."""
+        seen = self.prepare(picture)
+        return replace(seen, features=self._features([seen])[0])
 
     def _layout(self, prompt: str, pictures: int, answer: int) -> Index:
         """The ids of one sequence; a typed `<image>` is dropped, the pictures come first anyway."""
@@ -424,9 +619,24 @@ class Model:
         return ids
 
 
+def _check_bins(bins: int) -> None:
+    if bins not in (BINS, BINS - 1):
+        raise UsageError(f"bins is {bins}, expected {BINS} or {BINS - 1}.")
+
+
+def _pairs(images: Iterable[Shown], prompts: Iterable[str]) -> Iterator[tuple[Shown, str]]:
+    """Each picture with its prompt; that one kind runs out first is found when it does."""
+    try:
+        yield from zip(images, prompts, strict=True)
+    except ValueError:
+        raise UsageError(
+            "there are not as many prompts as pictures, expected one for each, or one for all."
+        ) from None
+
+
 def _is_one(value: Any) -> bool:
     """Whether this is one picture, not several."""
-    return isinstance(value, (str, Path, Image.Image)) or hasattr(value, "read")
+    return isinstance(value, (str, Path, Image.Image, np.ndarray, Seen)) or hasattr(value, "read")
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -436,16 +646,20 @@ def _as_list(value: Any) -> list[Any]:
     if isinstance(value, Iterable) and not hasattr(value, "__array__"):
         return list(value)
     kind = type(value).__name__
-    raise UsageError(f"a picture is of type {kind}, expected a path, an open file or a PIL image.")
+    raise UsageError(
+        f"a picture is of type {kind}, expected a path, an open file, a PIL image or a uint8 array."
+    )
 
 
-def _key(picture: Picture) -> str | int:
+def _key(picture: Shown) -> str | int:
     """The same for the same picture: its path, or the identity of one in memory."""
     return str(picture) if isinstance(picture, (str, Path)) else id(picture)
 
 
-def _name(picture: Picture) -> str:
+def _name(picture: Shown) -> str:
     """How an answer calls its picture."""
+    if isinstance(picture, Seen):
+        return picture.name
     if isinstance(picture, (str, Path)):
         return str(picture)
     return str(getattr(picture, "filename", "") or getattr(picture, "name", ""))

@@ -100,8 +100,8 @@ class Case:
         """The ids of every sequence, and the scores [steps, V] that each was chosen from."""
         choosers = [Chooser(n, self.config.eos_token_ids) for n in steps]
         run = generate(
-            prompts, features, self.weights, self.config, choosers, max(steps) + 1,
-            ops=kernels, tap=closed,
+            prompts, features, self.weights, self.config, choosers,
+            [max(steps) + 1] * len(prompts), ops=kernels, tap=closed,
         )  # fmt: skip
         for _ in run:
             pass

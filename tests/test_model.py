@@ -29,7 +29,8 @@ def answer(prompts, features, weights, config, ops, max_tokens=8, sampling=GREED
     choosers = [Chooser(sampling, 5, ops=ops) for _ in prompts]
     ids: list[list[int]] = [[] for _ in prompts]
     sure: list[list[float]] = [[] for _ in prompts]
-    steps = generate(prompts, features, weights, config, choosers, max_tokens, ops=ops, tap=closed)
+    limits = [max_tokens] * len(prompts)
+    steps = generate(prompts, features, weights, config, choosers, limits, ops=ops, tap=closed)
     for tokens in steps:
         for token in tokens:
             ids[token.sequence].append(token.id)

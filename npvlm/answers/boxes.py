@@ -1,37 +1,89 @@
-"""Boxes in an answer: four `<loc....>` tokens and a label, in pixels of the picture."""
+"""Boxes in an answer: four `<loc....>` tokens, perhaps sixteen `<seg...>` tokens, and a label."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 BINS = 1024  # a location token counts 1024ths of the picture's height or width
+MASK_CODES = 16
 _LOC = r"<loc(?:0\d{3}|10[01]\d|102[0-3])>"
-_BOX = re.compile(rf"((?:{_LOC}){{4}}) ?([^<;]*)")
+_SEG = r"<seg(?:0\d{2}|1[01]\d|12[0-7])>"
+_PART = re.compile(
+    rf"(?P<places>(?:{_LOC})*) *(?P<codes>(?:{_SEG})*)(?P<label>(?:(?!{_LOC}|{_SEG})[^;])*);?"
+)
 
 
 @dataclass(frozen=True)
 class Box:
-    """A labelled rectangle; (x0, y0) is its upper left corner, in pixels."""
+    """A labelled rectangle; (x0, y0) is its upper left corner, in pixels.
+
+    label : as the model wrote it; empty where it wrote none
+    confidence : the model's probability for a box as near as a hundredth of the picture's side,
+        and for its label
+    codes : the sixteen codes of its mask, or none
+    mask : the mask as decoded, float32 [64, 64], above 0 inside; see npvlm.answers.masks
+    span : the characters of the answer that say it, first and one past the last
+    """
 
     label: str
     x0: float
     y0: float
     x1: float
     y1: float
+    confidence: float = 0.0
+    codes: tuple[int, ...] = ()
+    mask: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
+    span: tuple[int, int] = field(default=(0, 0), repr=False, compare=False)
 
 
-def parse_boxes(text: str, width: int, height: int) -> list[Box]:
-    """Find the boxes of a `detect` answer.
+@dataclass(frozen=True)
+class Parsed:
+    """The boxes of an answer, in its order, and the parts of it that are none."""
 
-    The tokens come as y0, x0, y1, x1, each a place / 1024, for a picture of width x height pixels.
-    Text that is no box is passed over, and a label may be missing.
+    boxes: list[Box]
+    unread: list[str]
 
-    Source: the demo that Google published with PaliGemma divides by 1024; its training code has
-    other conventions, off by at most a thousandth of the picture.
+
+def parse_boxes(text: str, width: int, height: int, bins: int = BINS) -> Parsed:
+    """Find the boxes of a `detect` or `segment` answer.
+
+    A box is y0, x0, y1, x1, each a place / bins, for a picture of width x height pixels. A label
+    may be missing, and holds any characters but a semicolon. What is broken stays text: places that
+    are not four, a mask that is not sixteen codes (its box is kept), a box without area.
+
+    Source: the demo that Google published with PaliGemma divides by 1024; big_vision's encoder and
+    evaluator use 1023.
     """
-    boxes = []
-    for places, label in _BOX.findall(text):
-        y0, x0, y1, x1 = (int(place) / BINS for place in re.findall(r"\d{4}", places))
-        boxes.append(Box(label.strip(), x0 * width, y0 * height, x1 * width, y1 * height))
-    return boxes
+    boxes, unread = [], []
+    for part in _PART.finditer(text):
+        places = [int(place) / bins for place in re.findall(r"<loc(\d{4})>", part["places"])]
+        codes = tuple(int(code) for code in re.findall(r"<seg(\d{3})>", part["codes"]))
+        label = part["label"].strip()
+        corners = [places[i : i + 4] for i in range(0, len(places), 4)]
+        whole = bool(places) and all(len(c) == 4 and c[0] < c[2] and c[1] < c[3] for c in corners)
+        if not whole:
+            if left := part[0].removesuffix(";").strip():
+                unread.append(left)
+            continue
+        if len(codes) not in (0, MASK_CODES):
+            unread.append(part["codes"])
+            codes = ()
+        said = part[0].removesuffix(";").rstrip()
+        for i, (y0, x0, y1, x1) in enumerate(corners):
+            last = i == len(corners) - 1
+            boxes.append(
+                Box(
+                    label=label if last else "",
+                    x0=x0 * width,
+                    y0=y0 * height,
+                    x1=x1 * width,
+                    y1=y1 * height,
+                    codes=codes if last else (),
+                    span=(part.start(), part.start() + len(said)),
+                )
+            )
+    return Parsed(boxes, unread)

@@ -35,7 +35,7 @@ def generate(
     w: Weights,
     config: Config,
     choosers: Sequence[Callable[[Array], int]],
-    max_tokens: int,
+    max_tokens: Sequence[int],
     *,
     ops: ModuleType,
     tap: Tap,
@@ -49,7 +49,7 @@ def generate(
     prompts : for each sequence its ids [T], image ids included
     features : image features [M, D] of all sequences, in their order
     choosers : for each sequence a function from logits [V] to an id
-    max_tokens : at least 1; a sequence ends there or with one of config.eos_token_ids
+    max_tokens : for each sequence, at least 1; it ends there or with one of config.eos_token_ids
 
     Raises
     ------
@@ -57,7 +57,8 @@ def generate(
         Where the weights make scores that are no numbers.
     """
     lengths = [len(ids) for ids in prompts]
-    starts = np.cumsum([0] + [n + max_tokens - 1 for n in lengths])  # the last token is not read
+    rows_of = [n + m - 1 for n, m in zip(lengths, max_tokens, strict=True)]
+    starts = np.cumsum([0, *rows_of])  # the last token is not read
     cache = new_cache(config.text_config, int(starts[-1]), features.dtype)
     text = w.scope("language_model")
 
@@ -66,7 +67,7 @@ def generate(
     wanted = np.cumsum(lengths) - 1
     live = list(range(len(prompts)))
 
-    for step in range(max_tokens):
+    for step in range(max(max_tokens)):
         scores = paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap)  # [live, V]
         tokens = []
         for i, row in zip(live, scores, strict=True):
@@ -78,7 +79,11 @@ def generate(
             tokens.append(Token(i, chosen, float(ops.log_softmax(row)[chosen])))
         yield tokens
 
-        tokens = [token for token in tokens if token.id not in config.eos_token_ids]
+        tokens = [
+            token
+            for token in tokens
+            if token.id not in config.eos_token_ids and step + 1 < max_tokens[token.sequence]
+        ]
         if not tokens:
             return
         live = [token.sequence for token in tokens]

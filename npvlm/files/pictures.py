@@ -19,6 +19,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from npvlm.config import Config, Fields, read_json
 from npvlm.errors import NpvlmError
 
+Picture = str | Path | BinaryIO | Image.Image | NDArray[np.uint8]
+
 _FILTERS = range(6)  # nearest, Lanczos, bilinear, bicubic, box, Hamming: the same in all releases
 _CLEAR_MODES = ("RGBA", "LA", "PA")
 _WHITE = (255, 255, 255, 255)
@@ -37,15 +39,15 @@ class Preprocessor:
     resample: int
 
 
-def open_picture(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
+def open_picture(source: Picture) -> Image.Image:
     """Read a picture as people see it: upright, on white where it is transparent, 8 bits a colour.
 
     Of an animation, the first frame.
 
     Parameters
     ----------
-    source : str, Path, binary stream or PIL image
-        A file that Pillow reads, or what it made of one.
+    source : str, Path, binary stream, PIL image or uint8 array [H, W], [H, W, 3] or [H, W, 4]
+        A file that Pillow reads, or what it made of one; colours come as red, green, blue, opacity.
 
     Returns
     -------
@@ -58,6 +60,8 @@ def open_picture(source: str | Path | BinaryIO | Image.Image) -> Image.Image:
     """
     if isinstance(source, str) and not source:
         raise NpvlmError("a picture's name is empty, expected the path of a file")
+    if isinstance(source, np.ndarray):
+        source = _from_array(source)
     if isinstance(source, str | Path):
         said = str(source) if str(source).isprintable() else ascii(str(source))
         _check_file(Path(source), said)
@@ -197,6 +201,17 @@ def read_preprocessor(folder: Path, config: Config) -> Preprocessor:
         rescale_factor=fields.positive("rescale_factor"),
         resample=resample,
     )
+
+
+def _from_array(values: NDArray[np.uint8]) -> Image.Image:
+    """Take an array as a picture, if it is one."""
+    colours = values.shape[2:]
+    if values.dtype != np.uint8 or not values.size or colours not in ((), (3,), (4,)):
+        raise NpvlmError(
+            f"the array is {values.dtype} {list(values.shape)}, expected uint8 of height x width, "
+            "perhaps x 3 or x 4 colours"
+        )
+    return Image.fromarray(values)
 
 
 def _check_file(path: Path, said: str) -> None:

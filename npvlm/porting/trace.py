@@ -180,7 +180,8 @@ def _run_step(
         return tap(name, value) if calls == len(given) else value
 
     choose: Callable[[Array], int] = lambda scores: given[calls] if calls < len(given) else 0  # noqa: E731
-    steps = generate([inputs.ids], features, w, config, [choose], len(given) + 1, ops=ops, tap=late)
+    limits = [len(given) + 1]
+    steps = generate([inputs.ids], features, w, config, [choose], limits, ops=ops, tap=late)
     for _ in steps:
         calls += 1
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from npvlm.answers.boxes import Box, parse_boxes
-from npvlm.answers.drawing import draw_boxes
+from npvlm.answers.boxes import Box
 from npvlm.api import load
-from npvlm.files.output import save_picture
 from npvlm.work.scenes import Thing, draw_things
 
 SIZE = 448
@@ -19,7 +18,7 @@ THINGS = (
     Thing("blue", "square", 236, 236, 356, 356),
     Thing("orange", "star", 272, 48, 400, 170),
 )
-PROMPTS = ("caption en", "answer en how many shapes?", "detect red circle ; blue square")
+QUESTION, LABELS = "how many shapes?", "red circle ; blue square"
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ def draw_picture() -> Image.Image:
 
 def run_demo(output: Path) -> Shown:
     """Ask the bundled model about the demo's picture and write the boxes it names to a PNG."""
-    picture = draw_picture()
-    answers = load("shapes").generate([picture] * len(PROMPTS), PROMPTS)
-    boxes = parse_boxes(answers[-1].text, *picture.size)
-    save_picture(draw_boxes(picture, boxes), output)
-    spent = answers[0].seconds
-    seconds = spent.image + spent.prefill + spent.decode
-    return Shown([(a.prompt, a.text) for a in answers], boxes, seconds)
+    model, began = load("shapes"), time.perf_counter()
+    seen = model.look(draw_picture())
+    found = model.detect(seen, LABELS)
+    answers = [model.caption(seen), model.ask(seen, QUESTION), found.answer]
+    found.draw(output)
+    seconds = time.perf_counter() - began
+    return Shown([(a.prompt, a.text) for a in answers], found.boxes, seconds)

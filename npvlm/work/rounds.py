@@ -77,7 +77,7 @@ def write(model: Opened, inputs: Inputs, features: Array, new_tokens: int) -> It
         model.weights,
         replace(model.config, eos_token_ids=()),
         [lambda scores: int(np.argmax(scores))] * len(inputs.ids),
-        new_tokens,
+        [new_tokens] * len(inputs.ids),
         ops=model.ops,
         tap=closed,
     )

@@ -1,0 +1,78 @@
+"""How sure the model was of a part of its answer, such as a box and its label.
+
+The exact location token out of 1,024 is seldom likely, even where the model is sure of a place: its
+neighbours share the chance. So a location counts with all those that lie within a hundredth of the
+picture's side, which nobody would call another place.
+
+Axis letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from npvlm.decoding.prompt import TextStream, Tokenizer
+from npvlm.model.weights import Array
+
+Span = tuple[int, int]
+
+NEAR = 10  # locations on each side, of 1,024
+_FIRST, _LAST = "<loc0000>", "<loc1023>"
+
+
+class PlaceWatch:
+    """Chooses a token as another chooser does, and notes how likely its neighbours made it.
+
+    gains : for each chosen token what its log-probability grows by when locations near to it count,
+        too; 0 for a token that is no location
+    """
+
+    def __init__(self, choose: Callable[[Array], int], tokenizer: Tokenizer) -> None:
+        self._choose = choose
+        self._places = _locations(tokenizer)
+        self.gains: list[float] = []
+
+    def __call__(self, logits: Array) -> int:
+        """The id of the next token.
+
+        logits [V] -> an id below V
+        """
+        chosen = self._choose(logits)
+        gain = 0.0
+        if chosen in self._places:
+            first = max(self._places.start, chosen - NEAR)
+            near = logits[first : min(self._places.stop, chosen + NEAR + 1)].astype(np.float64)
+            gain = math.log(np.exp(near - float(logits[chosen])).sum())
+        self.gains.append(gain)
+        return chosen
+
+
+def _locations(tokenizer: Tokenizer) -> range:
+    """The ids of the location tokens, if there are those and in a row."""
+    first, last = tokenizer.encode(_FIRST), tokenizer.encode(_LAST)
+    in_a_row = len(first) == len(last) == 1 and last[0] - first[0] == 1023
+    return range(first[0], last[0] + 1) if in_a_row else range(0)
+
+
+def token_spans(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Span]:
+    """The characters of the answer's text that each token wrote, first and one past the last.
+
+    Tokens that spell one character together share it; special tokens write nothing.
+    """
+    stream, spans = TextStream(tokenizer), []
+    at, waiting = 0, 0
+    for token in ids:
+        waiting += 1
+        if text := stream.add(token):
+            spans += [(at, at + len(text))] * waiting
+            at, waiting = at + len(text), 0
+    return spans + [(at, at + len(stream.finish()))] * waiting
+
+
+def confidence(span: Span, spans: Sequence[Span], logprobs: Sequence[float]) -> float:
+    """How likely the model thought a part of its answer: the product of its tokens' chances."""
+    own = [p for (a, b), p in zip(spans, logprobs, strict=True) if a < span[1] and span[0] < b]
+    return math.exp(min(0.0, math.fsum(own)))
