@@ -475,7 +475,7 @@ class Model:
         Pictures are read when their turn comes, so any number of them fits in memory. max_tokens is
         one number for all, or one for each.
         """
-        limits = [max_tokens] if isinstance(max_tokens, int) else [*max_tokens]
+        limits = [*max_tokens] if isinstance(max_tokens, Sequence) else [max_tokens]
         for name, number in (*(("max_tokens", limit) for limit in limits), ("seed", seed)):
             if type(number) is not int and (name, number) != ("seed", None):
                 raise UsageError(f"{name} is {number!r}, expected a whole number.")
@@ -496,7 +496,7 @@ class Model:
                 f"{len(prompts)} prompts for {len(entries)} pictures; expected one prompt for "
                 "all, or one for each."
             )
-        limits = limits * len(entries) if isinstance(max_tokens, int) else limits
+        limits = limits if isinstance(max_tokens, Sequence) else limits * len(entries)
         sequences = []
         for index, (entry, prompt, limit) in enumerate(zip(entries, prompts, limits, strict=True)):
             pictures = _as_list(entry)

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "model": {"config"},
     "kernels": {"model.ops", "model.weights", "model.tap"},
-    "files": {"config", "errors", "model.weights"},
+    "files": {"config", "errors", "model.vqvae", "model.weights"},
     "decoding": {"model", "config", "errors"},
     "answers": {"errors", "config", "model", "files.output", "files.pictures", "decoding"},
     "api": {"errors", "config", "model", "kernels", "files", "decoding", "answers"},

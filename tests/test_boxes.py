@@ -1,89 +1,138 @@
-"""Boxes from answers, and boxes on pictures."""
+"""Boxes from answers."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import re
 
 import pytest
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
 
 from npvlm.answers.boxes import Box, parse_boxes
-from npvlm.answers.drawing import PAPER, draw_boxes
-from npvlm.errors import NpvlmError, UsageError
-from npvlm.files.output import save_picture
+from npvlm.answers.confidence import confidence, token_spans
+
+BOX = "<loc0000><loc0000><loc0512><loc0512>"
+CODES = "".join(f"<seg{i:03d}>" for i in range(16))
+
+
+def labels(text: str) -> list[str]:
+    return [box.label for box in parse_boxes(text, 8, 8).boxes]
 
 
 def test_places_come_as_y0_x0_y1_x1_and_count_1024ths() -> None:
     text = "<loc0256><loc0128><loc0512><loc1023> red circle"
-    assert parse_boxes(text, 1000, 100) == [Box("red circle", 125, 25, 1000 * 1023 / 1024, 50)]
+    found = parse_boxes(text, 1000, 100)
+    assert found.boxes == [Box("red circle", 125, 25, 1000 * 1023 / 1024, 50)]
+    assert found.unread == []
+
+
+def test_places_may_count_1023ds() -> None:
+    [box] = parse_boxes("<loc0000><loc0000><loc1023><loc0341>", 300, 100, bins=1023).boxes
+    assert (box.x0, box.y0, box.x1, box.y1) == (0, 0, pytest.approx(100), 100)
 
 
 def test_several_boxes_keep_their_order_and_labels_of_any_letters() -> None:
-    box = "<loc0000><loc0000><loc0512><loc0512>"
-    text = f"{box} it's a №5 (big) ; {box} кот;{box}"
-    assert [found.label for found in parse_boxes(text, 8, 8)] == ["it's a №5 (big)", "кот", ""]
+    text = f"{BOX} it's a №5 (big) <3 ; {BOX} кот;{BOX}"
+    assert labels(text) == ["it's a №5 (big) <3", "кот", ""]
+    assert parse_boxes(text, 8, 8).unread == []
+
+
+def test_boxes_without_labels_may_follow_each_other() -> None:
+    assert labels(f"{BOX}{BOX}{BOX} cat") == ["", "", "cat"]
+    assert labels(f"{BOX} {BOX}") == ["", ""]
+    assert labels(f"{BOX} cat {BOX} dog") == ["cat", "dog"]
+
+
+def test_a_mask_is_sixteen_codes_behind_a_box() -> None:
+    [plain, masked] = parse_boxes(f"{BOX} cat ; {BOX} {CODES} dog", 8, 8).boxes
+    assert plain.codes == () and masked.codes == tuple(range(16))
+    assert masked.label == "dog"
+
+
+def test_the_box_of_a_broken_mask_is_kept() -> None:
+    found = parse_boxes(f"{BOX}<seg001><seg002> cat", 8, 8)
+    assert [(box.label, box.codes) for box in found.boxes] == [("cat", ())]
+    assert found.unread == ["<seg001><seg002>"]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nothing", "<loc0001><loc0002><loc0003> three", "<loc1024>" * 4, "<loc001>" * 4]
+    "text",
+    [
+        "nothing",
+        "<loc0001><loc0002><loc0003> three",
+        "<loc0001><loc0002><loc0003>",
+        BOX + "<loc0001> five",
+        "<loc1024>" * 4,
+        "<loc001>" * 4,
+        "<loc0500><loc0100><loc0500><loc0200> flat",
+        "<loc0100><loc0500><loc0200><loc0400> backwards",
+        CODES,
+    ],
 )
-def test_text_that_is_no_box_gives_none(text: str) -> None:
-    assert parse_boxes(text, 10, 10) == []
+def test_what_is_no_box_stays_text(text: str) -> None:
+    found = parse_boxes(text, 10, 10)
+    assert found.boxes == [] and found.unread == [text]
 
 
-@pytest.mark.parametrize("size", [(40, 30), (400, 300), (4000, 3000)])
-def test_a_box_is_outlined_where_it_is_and_the_picture_stays(size: tuple[int, int]) -> None:
-    width, height = size
-    plain = Image.new("RGB", size)
-    box = Box("", width * 0.25, height * 0.25, width * 0.75, height * 0.75)
-    drawn = draw_boxes(plain, [box])
-    assert plain.getbbox() is None
-    edges = drawn.getbbox()
-    assert edges is not None
-    expected = (box.x0, box.y0, box.x1 + 1, box.y1 + 1)
-    assert all(abs(a - b) <= 1 for a, b in zip(edges, expected, strict=True))
-    assert drawn.getpixel((int(box.x0) + 1, height // 2)) == PAPER
-    assert drawn.getpixel((width // 2, height // 2)) == (0, 0, 0)
+def test_words_before_a_box_and_a_broken_end_are_kept_beside_it() -> None:
+    found = parse_boxes(f"look: {BOX} cat ; <loc0001><loc00", 8, 8)
+    assert [box.label for box in found.boxes] == ["cat"]
+    assert found.unread == ["look:", "<loc0001><loc00"]
 
 
-@pytest.mark.parametrize("corner", [(0, 0), (95, 95), (-20, -20), (99, 0)])
-def test_labels_stay_on_the_picture(corner: tuple[int, int]) -> None:
-    x, y = corner
-    drawn = draw_boxes(Image.new("RGB", (100, 100)), [Box("cat", x, y, x + 30, y + 30)])
-    assert drawn.size == (100, 100) and drawn.getbbox() is not None
+TOKENS = st.sampled_from(
+    [
+        "<loc0000>",
+        "<loc0512>",
+        "<loc1023>",
+        "<seg000>",
+        "<seg127>",
+        CODES,
+        " ",
+        ";",
+        "cat",
+        "<",
+        "ü",
+    ]
+)
 
 
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "out.png"
-    save_picture(Image.new("RGB", (3, 2), "red"), target)
-    with Image.open(target) as read:
-        assert read.size == (3, 2) and read.getpixel((0, 0)) == (255, 0, 0)
-
-    link = tmp_path / "link.png"
-    link.symlink_to(target)
-    save_picture(Image.new("RGB", (4, 2), "red"), link)
-    with Image.open(target) as read:
-        assert read.size == (4, 2)
-    assert link.is_symlink()
-    link.unlink()
-
-    class Broken(Image.Image):
-        def save(self, file, *args, **kwargs):
-            file.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-
-    before = target.read_bytes()
-    with pytest.raises(NpvlmError, match=r"out\.png.*No space left"):
-        save_picture(Broken(), target)
-    assert target.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+@given(st.lists(TOKENS, max_size=30).map("".join))
+def test_no_text_is_lost(text: str) -> None:
+    found = parse_boxes(text, 10, 10)
+    said = "".join(text[slice(*box.span)] for box in found.boxes) + "".join(found.unread)
+    assert set(re.findall(r"cat|ü|<(?!loc|seg)", text)) <= set(re.findall(r"cat|ü|<", said))
+    for box in found.boxes:
+        assert box.x0 < box.x1 and box.y0 < box.y1 and box.label in text
 
 
-def test_only_a_png_in_a_regular_file_is_written(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(NpvlmError, match="no regular file"):
-        save_picture(Image.new("RGB", (3, 2)), tmp_path / "pipe.png")
-    with pytest.raises(UsageError, match=r"ends in \.png"):
-        save_picture(Image.new("RGB", (3, 2)), tmp_path / "out.jpg")
-    assert [path.name for path in tmp_path.iterdir()] == ["pipe.png"]
+def test_an_empty_answer_has_no_boxes() -> None:
+    found = parse_boxes("", 10, 10)
+    assert found.boxes == [] and found.unread == []
+
+
+class Letters:
+    """A tokenizer of one id per byte."""
+
+    bos_id, newline_id, image_id = 0, 10, -1
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i).decode(errors="replace")
+
+    def is_whole(self, token_id: int) -> bool:
+        return 0 < token_id < 128
+
+
+def test_each_token_knows_its_characters() -> None:
+    ids = [*"a√b".encode(), 0]
+    assert token_spans(Letters(), ids) == [(0, 1), (1, 3), (1, 3), (1, 3), (1, 3), (3, 3)]
+
+
+def test_a_part_is_as_likely_as_its_tokens_are_together() -> None:
+    spans = [(0, 1), (1, 3), (3, 3)]
+    logprobs = [-1.0, -0.5, -7.0]
+    assert confidence((0, 3), spans, logprobs) == pytest.approx(0.2231, abs=1e-4)
+    assert confidence((0, 1), spans, logprobs) == pytest.approx(0.3679, abs=1e-4)

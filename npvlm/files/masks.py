@@ -76,7 +76,7 @@ def _read(path: Path) -> dict[str, Weight]:
     """The tensors of either kind of file that decoding takes, as they are found."""
     wanted = _shapes()
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name].astype(np.float32) for name in wanted if name in file.files}
     with safe_open(path, framework="numpy") as file:
         held = set(file.keys())

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from npvlm.config import Config, Fields, read_json
-from npvlm.errors import NpvlmError
+from npvlm.errors import NpvlmError, UsageError
 
 Picture = str | Path | BinaryIO | Image.Image | NDArray[np.uint8]
 
@@ -207,7 +207,7 @@ def _from_array(values: NDArray[np.uint8]) -> Image.Image:
     """Take an array as a picture, if it is one."""
     colours = values.shape[2:]
     if values.dtype != np.uint8 or not values.size or colours not in ((), (3,), (4,)):
-        raise NpvlmError(
+        raise UsageError(
             f"the array is {values.dtype} {list(values.shape)}, expected uint8 of height x width, "
             "perhaps x 3 or x 4 colours"
         )

@@ -1,0 +1,147 @@
+"""Masks in the picture, and the files their decoder comes in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from safetensors.numpy import save_file
+
+from npvlm.answers.boxes import Box
+from npvlm.answers.masks import cut_out, outlines, place, run_lengths
+from npvlm.api import BUNDLED
+from npvlm.errors import NpvlmError
+from npvlm.files.masks import find_mask_decoder, open_mask_decoder
+from tests.test_vqvae import published_weights
+
+ROWS, COLUMNS = np.mgrid[:64, :64]
+FIELDS = {
+    "disc": 20.0 - np.hypot(ROWS - 31, COLUMNS - 31),
+    "all": np.ones((64, 64)),
+    "two": np.maximum(8 - np.hypot(ROWS - 12, COLUMNS - 12), 9 - np.hypot(ROWS - 50, COLUMNS - 50)),
+    "left half": 31.5 - COLUMNS,
+    "touching": np.where((ROWS < 32) == (COLUMNS < 32), 1.0, -1.0),
+    "none": -np.ones((64, 64)),
+}
+BOX = Box("thing", 10.3, 5.7, 150.2, 99.9)
+
+
+def field(name: str) -> np.ndarray:
+    return FIELDS[name].astype(np.float32)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_run_lengths_say_the_mask_again(name: str) -> None:
+    mask = place(field(name), BOX, 200, 120)
+    counts = run_lengths(mask)
+    inside = np.arange(len(counts)) % 2 == 1
+    assert np.array_equal(np.repeat(inside, counts).reshape(200, 120).T, mask)
+    assert all(count > 0 for count in counts[1:])
+
+
+@pytest.mark.parametrize("bits", [[[0]], [[1]], [[1, 0], [0, 1]], [[1, 1], [1, 1]]])
+def test_run_lengths_of_small_masks(bits: list[list[int]]) -> None:
+    mask = np.array(bits, bool)
+    counts = run_lengths(mask)
+    inside = np.arange(len(counts)) % 2 == 1
+    assert np.array_equal(np.repeat(inside, counts).reshape(mask.T.shape).T, mask)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("disc", 1), ("all", 1), ("two", 2), ("left half", 1)])
+def test_outlines_enclose_the_mask(name: str, parts: int) -> None:
+    rings = outlines(field(name), BOX)
+    assert len(rings) == parts
+    filled = Image.new("L", (1600, 960))
+    for ring in rings:
+        ImageDraw.Draw(filled).polygon([(8 * x, 8 * y) for x, y in ring], fill=255)
+    drawn, mask = np.asarray(filled.reduce(8)) > 127, place(field(name), BOX, 200, 120)
+    assert (drawn & mask).sum() / (drawn | mask).sum() > 0.99
+
+
+def test_outlines_of_straight_edges_have_their_corners_alone() -> None:
+    assert [sorted(ring) for ring in outlines(field("all"), BOX)] == [
+        [(10, 5), (10, 99), (150, 5), (150, 99)]
+    ]
+    assert outlines(field("none"), BOX) == []
+
+
+def test_outlines_of_noise_close_and_never_fail() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        rings = outlines(rng.standard_normal((9, 7)).astype(np.float32), Box("", 0, 0, 70, 90))
+        assert all(len(ring) >= 3 for ring in rings)
+        assert all(0 <= x <= 70 and 0 <= y <= 90 for ring in rings for x, y in ring)
+
+
+def test_a_hole_is_no_outline_of_its_own() -> None:
+    ring = (6 - np.abs(np.hypot(ROWS - 31, COLUMNS - 31) - 20)).astype(np.float32)
+    assert len(outlines(ring, BOX)) == 1
+    assert not place(ring, BOX, 200, 120)[52, 80]
+
+
+@pytest.mark.parametrize(
+    "box", [Box("", 0, 0, 0.2, 0.2), Box("", 199.9, 119.9, 200, 120), Box("", 3, 3, 3.5, 90)]
+)
+def test_the_smallest_box_has_a_pixel(box: Box) -> None:
+    assert place(field("all"), box, 200, 120).sum() >= 1
+    assert min(cut_out(Image.new("RGB", (200, 120)), np.ones((120, 200), bool), box).size) == 1
+
+
+def test_a_cut_out_is_clear_around_the_thing() -> None:
+    picture = Image.new("RGB", (200, 120), (9, 8, 7))
+    cut = cut_out(picture, place(field("left half"), BOX, 200, 120), BOX)
+    assert cut.size == (140, 94)
+    assert cut.getpixel((10, 50)) == (9, 8, 7, 255) and cut.getpixel((130, 50))[3] == 0
+
+
+def as_arrays(seed: int = 0) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in published_weights(seed).items()}
+
+
+def test_the_published_file_and_a_safetensors_one_are_read_alike(tmp_path: Path) -> None:
+    arrays = as_arrays()
+    more = {"encoder.0.weight": np.zeros((16, 1, 4, 4), np.float32)}
+    np.savez(tmp_path / "vae-oid.npz", **arrays, **more)
+    save_file(arrays, tmp_path / "vae.safetensors")
+    one, other = (open_mask_decoder(tmp_path / name) for name in ("vae-oid.npz", "vae.safetensors"))
+    for name, array in arrays.items():
+        assert one[name].dtype == other[name].dtype == np.float32
+        assert np.array_equal(one[name], array) and np.array_equal(other[name], array)
+
+
+def test_a_model_s_mask_decoder_lies_in_its_folder_or_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(NpvlmError, match=r"vae-oid\.npz.*download https://"):
+        find_mask_decoder(folder)
+    (tmp_path / "vae-oid.npz").touch()
+    assert find_mask_decoder(folder) == tmp_path / "vae-oid.npz"
+    (folder / "vae.safetensors").touch()
+    assert find_mask_decoder(folder) == folder / "vae.safetensors"
+    assert find_mask_decoder(BUNDLED / "shapes") == BUNDLED / "vae.safetensors"
+
+
+def test_a_damaged_mask_decoder_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "vae-oid.npz"
+    for content in (b"", b"no archive", b"PK\x03\x04 half of one"):
+        path.write_bytes(content)
+        with pytest.raises(NpvlmError, match="no mask decoder that can be read"):
+            open_mask_decoder(path)
+    arrays = as_arrays()
+    whole = tmp_path / "whole.npz"
+    np.savez(whole, **arrays)
+    path.write_bytes(whole.read_bytes()[:-1000])
+    with pytest.raises(NpvlmError, match="no mask decoder that can be read"):
+        open_mask_decoder(path)
+    for change, says in (
+        ({"decoder.4.bias": None}, "decoder.4.bias is missing"),
+        ({"decoder.4.bias": np.zeros(3, np.float32)}, r"decoder.4.bias is \[3\], expected \[128\]"),
+        ({"decoder.4.bias": np.full(128, np.nan, np.float32)}, "not finite"),
+        ({"decoder.4.bias": np.array([object()])}, "pickle|object"),
+    ):
+        changed = {k: v for k, v in (arrays | change).items() if v is not None}
+        np.savez(path, **changed)
+        with pytest.raises(NpvlmError, match=says):
+            open_mask_decoder(path)

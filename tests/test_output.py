@@ -1,0 +1,47 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from npvlm.errors import NpvlmError, UsageError
+from npvlm.files.output import save_picture
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "out.png"
+    save_picture(Image.new("RGB", (3, 2), "red"), target)
+    with Image.open(target) as read:
+        assert read.size == (3, 2) and read.getpixel((0, 0)) == (255, 0, 0)
+
+    link = tmp_path / "link.png"
+    link.symlink_to(target)
+    save_picture(Image.new("RGB", (4, 2), "red"), link)
+    with Image.open(target) as read:
+        assert read.size == (4, 2)
+    assert link.is_symlink()
+    link.unlink()
+
+    class Broken(Image.Image):
+        def save(self, file, *args, **kwargs):
+            file.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    before = target.read_bytes()
+    with pytest.raises(NpvlmError, match=r"out\.png.*No space left"):
+        save_picture(Broken(), target)
+    assert target.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_only_a_png_in_a_regular_file_is_written(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(NpvlmError, match="no regular file"):
+        save_picture(Image.new("RGB", (3, 2)), tmp_path / "pipe.png")
+    with pytest.raises(UsageError, match=r"ends in \.png"):
+        save_picture(Image.new("RGB", (3, 2)), tmp_path / "out.jpg")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe.png"]
