@@ -55,8 +55,10 @@ class Answer:
         return math.fsum(self.logprobs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, and `logprob`."""
-        return {**asdict(self), "logprob": self.logprob}
+        """The fields but for `nearby`, and `logprob` last."""
+        values = asdict(self)
+        del values["nearby"]
+        return values | {"logprob": self.logprob}
 
     def to_json(self) -> str:
         """One line of JSON with these fields, from which every number reads back the same."""

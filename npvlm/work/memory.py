@@ -25,6 +25,11 @@ def memory_now() -> Memory | None:
     return Memory(held["RssAnon"], held["VmRSS"])
 
 
+def peak_memory() -> int | None:
+    """The most bytes that were resident so far, mapped files with them."""
+    return _bytes_of(Path("/proc/self/status")).get("VmHWM")
+
+
 def available_memory() -> int | None:
     """Bytes that can be used without swapping; None where the system does not say."""
     return _bytes_of(Path("/proc/meminfo")).get("MemAvailable")

@@ -1,0 +1,200 @@
+"""What the commands that ask about pictures share: pictures in, answers out, a tail line."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+
+if TYPE_CHECKING:
+    from npvlm.api import Model
+    from npvlm.answers.answer import Answer
+    from npvlm.answers.detection import Detection
+
+STDIN = "-"
+TOY = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
+
+
+def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add -q."""
+    return click.option(
+        "-q", "--quiet", is_flag=True, help="Nothing on stderr but what goes wrong."
+    )(command)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="One JSON object per picture, with everything."
+    )(command)
+
+
+def max_tokens_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --max-tokens."""
+    return click.option(
+        "--max-tokens",
+        type=click.IntRange(min=1),
+        help="Most tokens of an answer.  [default: what the task needs]",
+    )(command)
+
+
+def find_pictures(names: Sequence[str]) -> list[Path | BinaryIO]:
+    """What was named: files, folders, patterns, and `-` for a picture on stdin.
+
+    Raises
+    ------
+    UsageError
+        Where a name stands for no picture, or stdin is named twice.
+    """
+    from npvlm.errors import UsageError
+    from npvlm.files.listing import list_pictures
+
+    if not names:
+        raise click.UsageError("Missing IMAGE: name at least one picture.")
+    if names.count(STDIN) > 1:
+        raise UsageError("- is named twice, expected one picture on stdin.")
+    if STDIN not in names:
+        return [*list_pictures(names)]
+    at = names.index(STDIN)
+    before, after = names[:at], names[at + 1 :]
+    return [*_list(before), _stdin(), *_list(after)]
+
+
+def _list(names: Sequence[str]) -> list[Path]:
+    from npvlm.files.listing import list_pictures
+
+    return list_pictures(names) if names else []
+
+
+def _stdin() -> BinaryIO:
+    """The picture on stdin, all of it, under the name `-`."""
+    picture = io.BytesIO(sys.stdin.buffer.read())
+    picture.name = STDIN
+    return picture
+
+
+def split_last(arguments: Sequence[str], wanted: str) -> tuple[Sequence[str], str]:
+    """The pictures, and the question or labels behind them.
+
+    Raises
+    ------
+    click.UsageError
+        Where one of the two is missing.
+    """
+    usage = f"expected IMAGE... and {wanted} as the last argument."
+    if len(arguments) < 2:
+        given = "nothing is" if not arguments else f"only {arguments[0]!r} is"
+        raise click.UsageError(f"{given} given, {usage}")
+    if Path(arguments[-1]).is_file():
+        raise click.UsageError(f"{arguments[-1]!r} is a file, {usage}")
+    return arguments[:-1], arguments[-1]
+
+
+def named_model(model: str | None, quiet: bool) -> str:
+    """The model that was named, else the toy; that it answers is said."""
+    if model is None and not quiet:
+        click.echo(f"npvlm: {TOY}", err=True)
+    return model or "shapes"
+
+
+def answer_all(
+    model: Model,
+    pictures: Sequence[Path | BinaryIO],
+    prompt: str,
+    max_tokens: int | None,
+    show: Callable[[Answer | Detection], None],
+    quiet: bool,
+    bins: int = 1024,
+) -> int:
+    """Ask about each picture and show what comes; the exit code.
+
+    A picture that cannot be read is said on stderr, and the others are answered all the same.
+    """
+    from npvlm.api import Failed
+
+    tail, failed = Tail(), 0
+    for result in model.batch(pictures, prompt, max_tokens=max_tokens, bins=bins):
+        if isinstance(result, Failed):
+            failed += 1
+            click.echo(f"npvlm: {result.error.removesuffix('.')}.", err=True)
+            continue
+        show(result)
+        tail.add(result)
+    if not quiet:
+        tail.print()
+    if failed and len(pictures) > 1:
+        click.echo(f"npvlm: {failed} of {len(pictures)} pictures were not answered.", err=True)
+    return 3 if failed else 0
+
+
+def stream(
+    model: Model, picture: Path | BinaryIO, prompt: str, max_tokens: int | None, quiet: bool
+) -> None:
+    """Ask about one picture and print the answer as it is written."""
+    from npvlm.answers.tasks import max_tokens as usual
+    from npvlm.api import Piece
+    from npvlm.decoding.sampling import Sampling
+
+    limit = max_tokens or usual(prompt)
+    tail = Tail()
+    for event in model.events(picture, prompt, Sampling(), max_tokens=limit):
+        if isinstance(event, Piece):
+            click.echo(event.text, nl=False)
+        else:
+            click.echo()
+            tail.add(event)
+    if not quiet:
+        tail.print()
+
+
+class Tail:
+    """The line at the end, on stderr: how much was read, how fast it was, what memory it took."""
+
+    def __init__(self) -> None:
+        self._answers: list[Answer] = []
+
+    def add(self, result: Answer | Detection) -> None:
+        """Count an answer."""
+        self._answers.append(getattr(result, "answer", result))
+
+    def print(self) -> None:
+        """Say it, if there is anything to say."""
+        if not self._answers:
+            return
+        packs = {id(answer.seconds): answer.seconds for answer in self._answers}.values()
+        first = sum(seconds.image + seconds.prefill for seconds in packs)
+        decode = sum(seconds.decode for seconds in packs)
+        tokens = sum(len(answer.token_ids) - 1 for answer in self._answers)
+        count = len(self._answers)
+        parts = [f"{len(self._answers[0].prompt_token_ids)} prompt tokens"]
+        if count > 1:
+            parts = [f"{count} pictures in {first + decode:.1f} s"]
+        else:
+            parts.append(f"first token after {first:.2f} s")
+        if tokens and decode:
+            parts.append(f"{tokens / decode:.1f} tokens/s")
+        if peak := _peak():
+            parts.append(f"peak memory {peak / 1e9:.2f} GB")
+        click.echo(f"npvlm: {', '.join(parts)}", err=True)
+
+
+def _peak() -> int | None:
+    from npvlm.work.memory import peak_memory
+
+    return peak_memory()
+
+
+def line(values: Iterable[str]) -> str:
+    """One line of columns, whatever is in them."""
+    return "\t".join(map(escaped, values))
+
+
+def escaped(text: str) -> str:
+    """A text in which a backslash, tab and line end are written as \\\\, \\t, \\n."""
+    for character, written in (("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r")):
+        text = text.replace(character, written)
+    return text

@@ -1,0 +1,234 @@
+"""`npvlm detect` and `npvlm segment`: things on pictures, as boxes and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from npvlm.cli.asking import (
+    answer_all,
+    find_pictures,
+    line,
+    max_tokens_option,
+    named_model,
+    quiet_option,
+    split_last,
+)
+from npvlm.cli.options import model_option, open_model, precision_option, threads_option
+
+if TYPE_CHECKING:
+    from npvlm.answers.detection import Detection
+
+FORMATS = ("text", "json", "coco", "yolo", "csv")
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what both have in common."""
+    for option in (
+        threads_option,
+        quiet_option,
+        click.option("--json", "as_json", is_flag=True, help="The same as --format json."),
+        max_tokens_option,
+        precision_option,
+        model_option,
+        click.option(
+            "--bins",
+            type=click.Choice(["1024", "1023"]),
+            default="1024",
+            show_default=True,
+            help="What locations count up to: as Google's demo has it, or as big_vision has it.",
+        ),
+        click.option(
+            "--format",
+            "form",
+            type=click.Choice(FORMATS),
+            help="Of what goes to stdout.  [default: text: label, x0, y0, x1, y1, confidence]",
+        ),
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path),
+            metavar="PNG|FOLDER",
+            help="Where the drawn picture goes; for several pictures a folder.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("images", nargs=-1, metavar="IMAGE... LABELS")
+@_options
+def detect(images: tuple[str, ...], **given: Any) -> int:
+    """Find things on each IMAGE: LABELS, with semicolons between them.
+
+    An IMAGE is a file, a folder, a pattern, or - for stdin. Each thing is a line on stdout; corners
+    are in pixels of the picture as it is. Several pictures have their paths in front.
+
+    \b
+    npvlm detect street.jpg "car ; bicycle" -o boxes.png
+    npvlm detect photos/ "person" --format coco > people.json
+    """
+    from npvlm.answers.tasks import detect_prompt
+
+    pictures, labels = split_last(images, "LABELS")
+    return _find(pictures, detect_prompt(labels), cutouts=None, **given)
+
+
+@click.command()
+@click.argument("images", nargs=-1, metavar="IMAGE... LABELS")
+@click.option(
+    "--cutouts",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="FOLDER",
+    help="Also each thing alone, as a PNG that is clear around it.",
+)
+@_options
+def segment(images: tuple[str, ...], cutouts: Path | None, **given: Any) -> int:
+    """Find things on each IMAGE and the pixels that are theirs. Use as of `npvlm detect`.
+
+    Masks are in the formats json (run lengths and polygons) and coco (run lengths), and washed into
+    the drawn picture.
+
+    \b
+    npvlm segment cat.jpg "cat" -o mask.png --cutouts things/
+    npvlm segment photos/ "car" --format coco > cars.json
+    """
+    from npvlm.answers.tasks import segment_prompt
+
+    pictures, labels = split_last(images, "LABELS")
+    return _find(pictures, segment_prompt(labels), cutouts=cutouts, **given)
+
+
+def _find(
+    images: Sequence[str],
+    prompt: str,
+    model: str | None,
+    precision: str | None,
+    max_tokens: int | None,
+    output: Path | None,
+    cutouts: Path | None,
+    form: str | None,
+    bins: str,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Ask, print and draw each picture's things as they come."""
+    from npvlm.answers.formats import COLUMNS, coco, csv_line, csv_lines, label_numbers, yolo_lines
+    from npvlm.answers.tasks import labels_of
+
+    if as_json and form not in (None, "json"):
+        raise click.UsageError(f"--json and --format {form} exclude each other: name one.")
+    form = "json" if as_json else form or "text"
+    pictures = find_pictures(images)
+    several = len(pictures) > 1
+    drawn = Drawn(output, cutouts, several)
+    opened = open_model(named_model(model, quiet), precision, "kernels")
+    kept: list[Detection] = []
+    labels = labels_of(prompt)
+    if form == "csv":
+        click.echo(csv_line(COLUMNS))
+
+    def show(result: Any) -> None:
+        if form == "json":
+            click.echo(result.to_json())
+        elif form == "coco":
+            kept.append(result)
+        elif form == "csv":
+            _echo_all(csv_lines(result))
+        else:
+            front = [str(result.answer.image)] if several else []
+            if form == "yolo":
+                numbers.update(label_numbers([result], numbers))
+                _echo_all(line([*front, text]) for text in yolo_lines(result, numbers))
+            else:
+                _echo_all(line([*front, *_columns(box)]) for box in result.boxes)
+        drawn.add(result)
+        if not quiet:
+            _remark(result)
+
+    numbers = {label: number for number, label in enumerate(labels)}
+    code = answer_all(opened, pictures, prompt, max_tokens, show, quiet, int(bins))
+    if form == "coco":
+        import json
+
+        click.echo(json.dumps(coco(kept), ensure_ascii=False))
+    if form == "yolo" and not quiet:
+        classes = ", ".join(f"{number} {label}" for label, number in numbers.items())
+        click.echo(f"npvlm: classes: {classes}", err=True)
+    if not quiet:
+        drawn.tell()
+    return code
+
+
+def _echo_all(lines: Any) -> None:
+    for text in lines:
+        click.echo(text)
+
+
+def _columns(box: Any) -> list[str]:
+    edges = [f"{edge:.0f}" for edge in (box.x0, box.y0, box.x1, box.y1)]
+    return [box.label, *edges, f"{box.confidence:.2f}"]
+
+
+def _remark(result: Detection) -> None:
+    """Say what the output does not show: nothing found, text that is no box."""
+    name = result.answer.image
+    if not result.boxes:
+        click.echo(f"npvlm: {name}: nothing found.", err=True)
+    for text in result.unread:
+        click.echo(f"npvlm: {name}: no box: {text!r}", err=True)
+
+
+class Drawn:
+    """Where drawn pictures and cut-outs go; that there is such a place is seen to beforehand."""
+
+    def __init__(self, output: Path | None, cutouts: Path | None, several: bool) -> None:
+        from npvlm.errors import UsageError
+
+        self._output, self._cutouts = output, cutouts
+        self._folder = output is not None and (several or output.is_dir())
+        self._names: set[str] = set()
+        self._count = 0
+        if output is not None and not self._folder:
+            if output.suffix.lower() != ".png":
+                raise UsageError(f"{output} is no name for the picture, expected one ending in .png.")
+            if not output.resolve().parent.is_dir():
+                raise UsageError(f"{output.parent} is no folder; make it first.")
+        for folder in (output if self._folder else None, cutouts):
+            if folder is not None:
+                if folder.exists() and not folder.is_dir():
+                    raise UsageError(f"{folder} is a file, expected a folder for several pictures.")
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, result: Detection) -> None:
+        """Draw one picture's things."""
+        name = self._new_name(str(result.answer.image))
+        if self._output is not None:
+            result.draw(self._output / f"{name}.png" if self._folder else self._output)
+            self._count += 1
+        if self._cutouts is not None:
+            from npvlm.files.output import save_picture
+
+            for number, box in enumerate(result.boxes, 1):
+                save_picture(result.cut_out(box), self._cutouts / f"{name}-{number}.png")
+
+    def _new_name(self, image: str) -> str:
+        """The picture's own name without its ending; one that was there is numbered."""
+        stem = Path(image).stem.strip("-") or "picture"
+        name, number = stem, 2
+        while name in self._names:
+            name, number = f"{stem}-{number}", number + 1
+        self._names.add(name)
+        return name
+
+    def tell(self) -> None:
+        """Say where the pictures are."""
+        if self._output is not None and self._count:
+            what = f"{self._count} pictures in" if self._folder else "drawn on"
+            click.echo(f"npvlm: {what} {self._output}", err=True)
+        if self._cutouts is not None:
+            click.echo(f"npvlm: things cut out in {self._cutouts}", err=True)
