@@ -1,0 +1,82 @@
+"""The pictures that people name on a command line: files, folders, and globs left unexpanded."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from npvlm.errors import NpvlmError, UsageError
+
+# Formats that Pillow has a reader for which reads nothing by itself: films, measurements, pages.
+_NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+
+
+def list_pictures(names: Sequence[str | Path]) -> list[Path]:
+    """Find the pictures that are named, in the order of the names, each once.
+
+    Parameters
+    ----------
+    names : files, taken as they are; folders, for all pictures in and below them, by the ends of
+        their names and in the order of their paths, without hidden ones; and patterns such as
+        "photos/*.jpg", with ** for any folders, for all files that match and are not hidden
+
+    Returns
+    -------
+    Paths that begin as the names do.
+
+    Raises
+    ------
+    UsageError
+        For a name that names nothing, or a folder without pictures.
+    NpvlmError
+        For a folder that cannot be read.
+    """
+    found: dict[Path, Path] = {}
+    for name in names:
+        for path in _named(str(name)):
+            found.setdefault(path.absolute(), path)
+    return list(found.values())
+
+
+def picture_suffixes() -> frozenset[str]:
+    """The ends of the names of pictures that Pillow can read, small letters, with their dot."""
+    known = Image.registered_extensions()  # of what it writes, too
+    readable = Image.OPEN.keys() - _NO_PICTURES
+    return frozenset(suffix for suffix, kind in known.items() if kind in readable)
+
+
+def _named(name: str) -> list[Path]:
+    """What one name stands for."""
+    if name and os.path.lexists(name):
+        return _below(Path(name)) if Path(name).is_dir() else [Path(name)]
+    if not glob.has_magic(name):
+        raise UsageError(f"{name or 'an empty name'} is no file or folder; is the path right?")
+    matches = map(Path, glob.iglob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no root)
+    files = sorted(match for match in matches if not match.is_dir())
+    if not files:
+        raise UsageError(f"{name} matches no file; is the pattern right?")
+    return files
+
+
+def _below(folder: Path) -> list[Path]:
+    """All pictures in and below a folder."""
+    suffixes = picture_suffixes()
+    found = sorted(path for path in _files(folder) if path.suffix.lower() in suffixes)
+    if not found:
+        raise UsageError(f"{folder} holds no picture; name its files if they end otherwise.")
+    return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files in and below a folder that are not hidden; links to folders are not followed."""
+    for at, folders, files in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(at, name) for name in files if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    raise NpvlmError(f"{error.filename} cannot be read: {error.strerror}.") from None
