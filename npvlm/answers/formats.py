@@ -60,13 +60,17 @@ def coco(detections: Sequence[Detection]) -> dict[str, Any]:
 
 
 def yolo_lines(detection: Detection, numbers: dict[str, int]) -> list[str]:
-    """One line for each box: class, centre x, centre y, width, height, in parts of the picture."""
+    """One line for each box: class, centre x, centre y, width, height, in parts of the picture.
+
+    A label that has no number yet gets the next one.
+    """
     lines = []
     for box in detection.boxes:
         x0, x1 = box.x0 / detection.width, box.x1 / detection.width
         y0, y1 = box.y0 / detection.height, box.y1 / detection.height
         values = ((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0)
-        lines.append(" ".join([str(numbers[box.label]), *(f"{value:.6f}" for value in values)]))
+        number = numbers.setdefault(box.label, len(numbers))
+        lines.append(" ".join([str(number), *(f"{value:.6f}" for value in values)]))
     return lines
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 if TYPE_CHECKING:
-    from npvlm.api import Model
     from npvlm.answers.answer import Answer
+    from npvlm.answers.boxes import Box
     from npvlm.answers.detection import Detection
+    from npvlm.api import Model
 
 STDIN = "-"
 TOY = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
@@ -159,7 +160,9 @@ class Tail:
 
     def add(self, result: Answer | Detection) -> None:
         """Count an answer."""
-        self._answers.append(getattr(result, "answer", result))
+        from npvlm.answers.answer import Answer
+
+        self._answers.append(result if isinstance(result, Answer) else result.answer)
 
     def print(self) -> None:
         """Say it, if there is anything to say."""
@@ -186,6 +189,12 @@ def _peak() -> int | None:
     from npvlm.work.memory import peak_memory
 
     return peak_memory()
+
+
+def box_columns(box: Box) -> list[str]:
+    """A box in words: label, x0, y0, x1, y1, confidence."""
+    edges = [f"{edge:.0f}" for edge in (box.x0, box.y0, box.x1, box.y1)]
+    return [box.label, *edges, f"{box.confidence:.2f}"]
 
 
 def line(values: Iterable[str]) -> str:

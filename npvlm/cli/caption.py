@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -97,7 +97,7 @@ def ocr(images: tuple[str, ...], **given: Any) -> int:
 
 
 def _answer(
-    images: tuple[str, ...],
+    images: Sequence[str],
     prompt: str,
     model: str | None,
     precision: str | None,

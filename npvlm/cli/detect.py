@@ -10,6 +10,7 @@ import click
 
 from npvlm.cli.asking import (
     answer_all,
+    box_columns,
     find_pictures,
     line,
     max_tokens_option,
@@ -117,7 +118,7 @@ def _find(
     quiet: bool,
 ) -> int:
     """Ask, print and draw each picture's things as they come."""
-    from npvlm.answers.formats import COLUMNS, coco, csv_line, csv_lines, label_numbers, yolo_lines
+    from npvlm.answers.formats import COLUMNS, coco, csv_line, csv_lines, yolo_lines
     from npvlm.answers.tasks import labels_of
 
     if as_json and form not in (None, "json"):
@@ -142,10 +143,9 @@ def _find(
         else:
             front = [str(result.answer.image)] if several else []
             if form == "yolo":
-                numbers.update(label_numbers([result], numbers))
                 _echo_all(line([*front, text]) for text in yolo_lines(result, numbers))
             else:
-                _echo_all(line([*front, *_columns(box)]) for box in result.boxes)
+                _echo_all(line([*front, *box_columns(box)]) for box in result.boxes)
         drawn.add(result)
         if not quiet:
             _remark(result)
@@ -169,11 +169,6 @@ def _echo_all(lines: Any) -> None:
         click.echo(text)
 
 
-def _columns(box: Any) -> list[str]:
-    edges = [f"{edge:.0f}" for edge in (box.x0, box.y0, box.x1, box.y1)]
-    return [box.label, *edges, f"{box.confidence:.2f}"]
-
-
 def _remark(result: Detection) -> None:
     """Say what the output does not show: nothing found, text that is no box."""
     name = result.answer.image
@@ -195,7 +190,9 @@ class Drawn:
         self._count = 0
         if output is not None and not self._folder:
             if output.suffix.lower() != ".png":
-                raise UsageError(f"{output} is no name for the picture, expected one ending in .png.")
+                raise UsageError(
+                    f"{output} is no name for the picture, expected one ending in .png."
+                )
             if not output.resolve().parent.is_dir():
                 raise UsageError(f"{output.parent} is no folder; make it first.")
         for folder in (output if self._folder else None, cutouts):

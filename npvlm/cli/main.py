@@ -11,13 +11,17 @@ import click
 
 from npvlm import __version__
 from npvlm.cli.bench import bench
+from npvlm.cli.caption import ask, caption, ocr
+from npvlm.cli.chat import chat
 from npvlm.cli.compare import compare
 from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
+from npvlm.cli.detect import detect, segment
 from npvlm.cli.generate import generate
 from npvlm.cli.interruption import Terminated, listen
 from npvlm.cli.kit import kit
 from npvlm.cli.replay import replay
+from npvlm.cli.tokens import tokens
 from npvlm.cli.trace import trace
 from npvlm.errors import NpvlmError
 
@@ -42,14 +46,24 @@ def npvlm() -> None:
     """
 
 
-npvlm.add_command(bench)
-npvlm.add_command(compare)
-npvlm.add_command(convert)
-npvlm.add_command(demo)
-npvlm.add_command(generate)
-npvlm.add_command(kit)
-npvlm.add_command(replay)
-npvlm.add_command(trace)
+for command in (
+    ask,
+    bench,
+    caption,
+    chat,
+    compare,
+    convert,
+    demo,
+    detect,
+    generate,
+    kit,
+    ocr,
+    replay,
+    segment,
+    tokens,
+    trace,
+):
+    npvlm.add_command(command)
 
 
 def main() -> NoReturn:

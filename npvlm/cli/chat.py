@@ -1,0 +1,96 @@
+"""`npvlm chat`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from npvlm.cli.asking import Tail, box_columns, find_pictures, named_model, quiet_option
+from npvlm.cli.asking import line as columns
+from npvlm.cli.options import model_option, open_model, precision_option, threads_option
+
+if TYPE_CHECKING:
+    from npvlm.api import Answer, Model, Seen
+
+TASKS = ("answer", "cap", "caption", "describe", "detect", "ocr", "question", "segment")
+GREETING = (
+    "Type a prompt, such as caption en, detect cat ; dog, or a question; Ctrl-D ends.\n"
+    "Each line stands alone: PaliGemma does not remember what was said before."
+)
+
+
+@click.command()
+@click.argument("image")
+@model_option
+@precision_option
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    help="Most tokens of an answer.  [default: what the task needs]",
+)
+@quiet_option
+@threads_option
+def chat(
+    image: str, model: str | None, precision: str | None, max_tokens: int | None, quiet: bool
+) -> None:
+    """Ask about one IMAGE line by line; it is looked at once.
+
+    Each line stands alone: PaliGemma is no chat model and does not remember what was said before. A
+    line that begins with no task (caption, detect, ...) is asked as a question: answer en LINE.
+
+    \b
+    npvlm chat photo.jpg --model paligemma-3b-mix-224
+    """
+    pictures = find_pictures([image])
+    if len(pictures) > 1:
+        raise click.UsageError(f"{image} is {len(pictures)} pictures, expected one.")
+    from npvlm.answers.tasks import max_tokens as usual
+    from npvlm.answers.tasks import task_of
+    from npvlm.api import Piece
+    from npvlm.decoding.sampling import Sampling
+    from npvlm.errors import UsageError
+
+    opened = open_model(named_model(model, quiet), precision, "kernels")
+    seen = opened.look(pictures[0])
+    if not quiet:
+        click.echo(GREETING, err=True)
+    for line in _lines():
+        prompt = line if task_of(line) in TASKS else f"answer en {line}"
+        tail, finds = Tail(), task_of(prompt) in ("detect", "segment")
+        try:
+            limit = max_tokens or usual(prompt)
+            for event in opened.events(seen, prompt, Sampling(), max_tokens=limit):
+                if not isinstance(event, Piece):
+                    click.echo(_boxes(opened, event, seen) if finds else "")
+                    tail.add(event)
+                elif not finds:
+                    click.echo(event.text, nl=False)
+        except UsageError as error:  # too long, or no text: the next line may be better
+            click.echo(f"npvlm: {error}", err=True)
+        if not quiet:
+            tail.print()
+
+
+def _boxes(model: Model, answer: Answer, seen: Seen) -> str:
+    """The things of an answer, one on each line; an answer without any as it is."""
+    found = model.detection(answer, seen)
+    return "\n".join(columns(box_columns(box)) for box in found.boxes) or answer.text
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, or comes down a pipe, without empty lines."""
+    typing = sys.stdin.isatty() and sys.stdout.isatty()
+    if typing:
+        import readline  # noqa: F401 (importing it makes lines editable)
+    while True:
+        try:
+            line = input("> ") if typing else input()
+        except EOFError:
+            if typing:
+                click.echo()
+            return
+        if line.strip():
+            yield line.strip()
