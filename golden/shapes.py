@@ -22,24 +22,36 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
+import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from golden.strokes import draw_digit
+from npvlm.answers.detection import Detection
 from npvlm.config import PRECISIONS
-from npvlm.work.scenes import COLOURS, SHAPES, STAR_HEIGHT, STAR_WIDTH, Colour, Thing, draw_things
+from npvlm.work.scenes import (
+    COLOURS,
+    SHAPES,
+    STAR_HEIGHT,
+    STAR_WIDTH,
+    Colour,
+    Thing,
+    draw_things,
+    mask_of,
+)
 
 SIZE = 224  # pictures are drawn at this size; the model shrinks them to its own
 GAP = 6  # pixels at least between the boxes of two things
 APART = 10  # pixels at least between their centres from left to right, so that their order is plain
 CONTRAST = 130  # distance in RGB at least between a thing's colour and the background
 LIMITS = {
-    "caption_exact": 0.60,
-    "counting": 0.85,
-    "colour": 0.90,
-    "ocr_exact": 0.75,
-    "detection_mean_iou": 0.65,
-    "detection_found_at_iou_0.5": 0.75,
+    "caption_exact": 0.90,
+    "counting": 0.95,
+    "colour": 0.97,
+    "ocr_exact": 0.92,
+    "detection_mean_iou": 0.80,
+    "detection_found_at_iou_0.5": 0.90,
+    "segmentation_mean_mask_iou": 0.75,
 }
 # How far a precision may be from float32, on every metric.
 APART_FROM_FLOAT32 = {"bfloat16": 0.005, "int8": 0.01, "int4": 0.03}
@@ -322,8 +334,24 @@ def overlaps(things: Sequence[Thing], answer: str) -> list[float]:
     return [best.get(i, 0.0) for i in range(len(things))]
 
 
+def mask_overlaps(things: Sequence[Thing], found: Detection) -> list[float]:
+    """Give the IoU of each thing's pixels with the mask of its label that fits best, 0 without."""
+    masks = [(box.label, found.mask(box)) for box in found.boxes if box.mask is not None]
+    best = []
+    for thing in things:
+        truth = np.zeros((found.height, found.width), bool)
+        cover = np.asarray(mask_of(thing)) > 127
+        truth[thing.y0 : thing.y1, thing.x0 : thing.x1] = cover
+        fits = [(truth & m).sum() / (truth | m).sum() for label, m in masks if label == thing.label]
+        best.append(float(max(fits, default=0.0)))
+    return best
+
+
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, list[float]]:
-    """Mark each answer: the marks of every metric, one per answer, in detection one per thing."""
+    """Mark each answer: the marks of every metric, one per answer, in detection one per thing.
+
+    Masks are marked by `mask_overlaps`: they take a mask decoder.
+    """
     names = {
         "caption": "caption_exact",
         "count": "counting",
@@ -342,25 +370,27 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, li
 
 
 def measure(
-    model: str | Path, seed: int, count: int, batch: int = 32, precision: str | None = None
+    model: str | Path, seed: int, count: int, precision: str | None = None
 ) -> dict[str, list[float]]:
     """Let npvlm answer the exam on `count` held-out pictures; gives the marks of every metric."""
     import npvlm
 
     loaded = npvlm.load(model, precision)
-    rng = Random(f"exam {seed}")
-    asked = [
-        (scene.picture, question)
-        for scene in islice(scenes("held out", seed), count)
-        for question in exam(scene, rng)
-    ]
+    rng, labels = Random(f"exam {seed}"), Random(f"segment {seed}")
+    asked = []
+    for scene in islice(scenes("held out", seed), count):
+        asked += [(scene.picture, question) for question in exam(scene, rng)]
+        if scene.things:
+            asked.append((scene.picture, segment(scene, labels, lambda thing: "")))
     asked.sort(key=lambda item: item[1].task)  # answers of one length run together
     marks: dict[str, list[float]] = {name: [] for name in LIMITS}
-    for at in range(0, len(asked), batch):
-        pictures, questions = zip(*asked[at : at + batch], strict=True)
-        prompts = [question.prompt for question in questions]
-        answers = loaded.generate(list(pictures), prompts, max_tokens=64)
-        for name, more in score(questions, [answer.text for answer in answers]).items():
+    results = loaded.batch((p for p, _ in asked), (q.prompt for _, q in asked), max_tokens=128)
+    for (_, question), found in zip(asked, results, strict=True):
+        if question.task == "segment":
+            marks["segmentation_mean_mask_iou"] += mask_overlaps(question.things, found)
+            continue
+        text = found.answer.text if question.task == "detect" else found.text
+        for name, more in score([question], [text]).items():
             marks[name] += more
     return marks
 

@@ -427,6 +427,7 @@ class Trainer:
                 for name, value in vars(self.given).items()
                 if isinstance(value, int | float) and name != "port"
             },
+            "start": str(self.given.start) if self.given.start else None,
             "steps": self.step,
             "pictures": self.next_picture,
             "minutes": round(self.seconds / 60, 1),
