@@ -251,6 +251,11 @@ class Model:
             For numbers out of range, or prompts and pictures whose counts differ.
         NpvlmError
             For a picture that cannot be read.
+
+        Examples
+        --------
+        >>> [answer.text for answer in model.generate([picture] * 2, ["caption en", "ocr"])]
+        ['a red circle and a blue square and an orange star', '']
         """
         sampling = Sampling(temperature, top_k, top_p)
         events = self.events(images, prompts, sampling, max_tokens=max_tokens, seed=seed)
@@ -270,6 +275,9 @@ class Model:
         """Yield one answer as it is written, in pieces that join to its text.
 
         Parameters are those of `generate`, for one picture, or several in front of one prompt.
+
+        >>> "".join(model.stream(picture, "answer en what color is the star?"))
+        'orange'
         """
         sampling = Sampling(temperature, top_k, top_p)
         for event in self.events([image], prompt, sampling, max_tokens=max_tokens, seed=seed):
@@ -277,17 +285,29 @@ class Model:
                 yield event.text
 
     def caption(self, image: Shown, lang: str = "en", *, max_tokens: int | None = None) -> Answer:
-        """Say what is on a picture."""
+        """Say what is on a picture. `lang` is a language's code, if the model knows others.
+
+        >>> model.caption(picture).text
+        'a red circle and a blue square and an orange star'
+        """
         return self._one(image, tasks.caption_prompt(lang), max_tokens)
 
     def ask(
         self, image: Shown, question: str, lang: str = "en", *, max_tokens: int | None = None
     ) -> Answer:
-        """Answer a question about a picture."""
+        """Answer a question about a picture, in the language of `lang`.
+
+        >>> model.ask(picture, "how many circles?").text
+        '1'
+        """
         return self._one(image, tasks.ask_prompt(question, lang), max_tokens)
 
     def ocr(self, image: Shown, *, max_tokens: int | None = None) -> Answer:
-        """Read the text on a picture."""
+        """Read the text on a picture.
+
+        >>> model.ocr(picture).text  # nothing is written on this one
+        ''
+        """
         return self._one(image, tasks.ocr_prompt(), max_tokens)
 
     def detect(
@@ -305,6 +325,15 @@ class Model:
         labels : what to find: "cat", "cat ; dog", or a list
         max_tokens : most tokens of the answer
         bins : what locations count up to; 1023 for models trained with big_vision's convention
+
+        Examples
+        --------
+        >>> found = model.detect(picture, "red circle ; orange star")
+        >>> [box.label for box in found.boxes]
+        ['red circle', 'orange star']
+        >>> found.boxes[0].confidence > 0.5
+        True
+        >>> found.draw("boxes.png")
         """
         seen = self.prepare(image)
         return self.detection(self._one(seen, tasks.detect_prompt(labels), max_tokens), seen, bins)
@@ -323,6 +352,14 @@ class Model:
         ------
         NpvlmError
             Where the model comes without a mask decoder.
+
+        Examples
+        --------
+        >>> found = model.segment(picture, "red circle")
+        >>> found.mask(found.boxes[0]).shape  # of booleans: height, width
+        (448, 448)
+        >>> found.cut_out(found.boxes[0]).mode
+        'RGBA'
         """
         self.mask_decoder  # noqa: B018 (where it is missing, that is said before the work)
         seen = self.prepare(image)
@@ -356,6 +393,13 @@ class Model:
             For numbers out of range, or more prompts than pictures, or fewer.
         NpvlmError
             Where a mask is asked for and the model has no mask decoder.
+
+        Examples
+        --------
+        >>> for result in model.batch([picture, "absent.png"], "answer en how many stars?"):
+        ...     print(getattr(result, "text", None) or result.error)
+        1
+        absent.png cannot be opened: No such file or directory
         """
         _check_bins(bins)
         if isinstance(prompts, str):
@@ -600,7 +644,12 @@ class Model:
         return Seen(_name(picture), kept, rgb.width, rgb.height, pixels)
 
     def look(self, picture: Shown) -> Seen:
-        """Show the image tower a picture once, for any number of questions about it."""
+        """Show the image tower a picture once, for any number of questions about it.
+
+        >>> seen = model.look(picture)
+        >>> model.ask(seen, "how many stars?").text, model.ask(seen, "how many squares?").text
+        ('1', '1')
+        """
         seen = self.prepare(picture)
         return replace(seen, features=self._features([seen])[0])
 
