@@ -95,12 +95,14 @@ def test_json_has_every_field_and_its_numbers_read_back(photo: Path) -> None:
         "precision",
         "seed",
         "seconds",
+        "logprob",
     ]
     model = npvlm.load("shapes")
     assert answer["image"] == str(photo)
     assert answer["prompt"] == "caption en"
     assert answer["model"] == "shapes"
     assert answer["seed"] is None
+    assert answer["logprob"] == pytest.approx(sum(answer["logprobs"]))
     assert list(answer["seconds"]) == ["image", "prefill", "decode"]
     assert answer["stop"] == "eos" and answer["token_ids"][-1] in model.config.eos_token_ids
     assert answer["text"] == model.tokenizer.decode(answer["token_ids"])
