@@ -23,6 +23,7 @@ from npvlm.kernels.vectors import features
 from npvlm.model import ops as definitions
 from npvlm.model import paligemma
 from npvlm.model.cache import Rows, new_cache
+from npvlm.work import doctor as doctoring
 from npvlm.work.checks import bundled, machine, twins, words
 from npvlm.work.checks.finding import NOTE, OK, WRONG, Finding, run_check
 from npvlm.work.checks.published import (
@@ -196,15 +197,15 @@ def test_weights_that_are_no_numbers_are_found(model: Model) -> None:
     assert all("not finite" in found.says for found in findings[1:])
 
 
-def test_a_model_that_does_not_load_is_wrong_with_the_very_sentence(tmp_path: Path) -> None:
+def test_a_model_that_does_not_load_is_wrong_with_the_very_sentence(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(doctoring, "_own_checks", list)
     folder = Path(shutil.copytree(ROOT / "golden" / "pg1", tmp_path / "pg1"))
     (folder / "tokenizer.model").write_text("none")
     with pytest.raises(NpvlmError) as caught:
         npvlm.load(folder)
-    result = run("doctor", folder)
-    assert result.returncode == 1
-    assert lines(result.stdout)[-1] == (WRONG, "load", str(caught.value))
-    assert one_line(result).endswith("1 wrong.")
+    findings = list(doctoring.doctor(str(folder)))
+    assert findings[-1] == Finding("load", WRONG, str(caught.value))
+    assert wrong(findings) == ["load"]
 
 
 def test_a_model_that_is_none_ends_before_any_check(tmp_path: Path) -> None:

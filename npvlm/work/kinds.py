@@ -67,8 +67,8 @@ _TASKS = {
     **dict.fromkeys(("tallyqa", "rsvqa-lr", "rsvqa-hr", "vizwizvqa", "stvqa", "infovqa"), _ANSWER),
 }
 _SHORT = (
-    "It follows no instructions: a prompt is these few words and nothing more. A long one, or words "
-    "behind it, are answered shortly, wrongly or not at all."
+    "It follows no instructions: a prompt is these few words and nothing more. A long one, or "
+    "words behind it, are answered shortly, wrongly or not at all."
 )
 
 
