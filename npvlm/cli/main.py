@@ -17,7 +17,9 @@ from npvlm.cli.compare import compare
 from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
 from npvlm.cli.detect import detect, segment
+from npvlm.cli.doctor import doctor
 from npvlm.cli.generate import generate
+from npvlm.cli.inspect import inspect
 from npvlm.cli.interruption import Terminated, listen
 from npvlm.cli.kit import kit
 from npvlm.cli.replay import replay
@@ -39,6 +41,8 @@ def npvlm() -> None:
     npvlm demo                                     see it work in seconds
     npvlm generate photo.jpg --prompt "caption en" --model FOLDER
     npvlm convert FOLDER SMALLER --precision int8
+    npvlm inspect FOLDER                           what is it, and why will it not load?
+    npvlm doctor                                   does it compute as it should here?
     npvlm bench --synthetic paligemma-3b-224       how fast is this machine?
     npvlm trace photo.jpg --prompt "caption en"    every stage from picture to token
     npvlm compare REFERENCE MINE                   where does my own port go wrong?
@@ -55,7 +59,9 @@ for command in (
     convert,
     demo,
     detect,
+    doctor,
     generate,
+    inspect,
     kit,
     ocr,
     replay,

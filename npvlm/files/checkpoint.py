@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from npvlm.files.names import (
     EMBED_TOKENS,
     LM_HEAD,
     POSITIONS,
+    Shapes,
     canonical_name,
     expected_shapes,
 )
@@ -51,7 +52,7 @@ _NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """Where one tensor lies: its file's bytes, its place in them and what they mean."""
 
     file: Path
@@ -60,6 +61,7 @@ class _Stored:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    nbytes: int
 
     def array(self) -> Array:
         """View the stored bytes as numbers, bfloat16 as its bits; they need not be aligned."""
@@ -72,6 +74,31 @@ class _Stored:
 
 # The shape that a tensor must have, and the types that it may have.
 _Expected = dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How the tensors that are there differ from those that a config asks for: names, all of them.
+
+    missing : as published
+    unexpected : as the files spell them
+    misshapen, mistyped : each with what it is and what was expected
+    """
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: dict[str, str]
+    mistyped: dict[str, str]
+
+    def said(self) -> list[tuple[str, dict[str, str]]]:
+        """What there is of each kind: the kind, and names with what is to be said of each."""
+        kinds = (
+            ("missing", dict.fromkeys(self.missing, "")),
+            ("unexpected", dict.fromkeys(self.unexpected, "")),
+            ("of another shape", self.misshapen),
+            ("of another type", self.mistyped),
+        )
+        return [(kind, names) for kind, names in kinds if names]
 
 
 def open_checkpoint(folder: Path, config: Config) -> dict[str, Weight]:
@@ -98,30 +125,9 @@ def open_checkpoint(folder: Path, config: Config) -> dict[str, Weight]:
     NpvlmError
         No checkpoint, a damaged file, or tensors that do not fit the config: all named at once.
     """
-    stored: dict[str, _Stored] = {}
-    for file in _files(folder):
-        for tensor in _read_header(file):
-            name = canonical_name(tensor.name)
-            if name.endswith(".position_ids"):  # a constant 0, 1, 2, ... that old releases saved
-                continue
-            if name in stored:
-                raise _twice(stored[name], tensor)
-            stored[name] = tensor
-
-    shapes, precision = expected_shapes(config), config.quantization
-    if config.text_config.tie_word_embeddings and LM_HEAD in stored:
-        # Tied by name, yet there: the same numbers again, the only copy, or a head trained apart.
-        if EMBED_TOKENS in stored:
-            shapes[LM_HEAD] = shapes[EMBED_TOKENS]
-        else:
-            stored[EMBED_TOKENS] = stored.pop(LM_HEAD)
-    expected: _Expected = {}
-    for name, shape in shapes.items():
-        if kind := packing(name, shape, precision):
-            parts = part_tensors(name, shape, kind)
-            expected |= {part: (size, (dtype,)) for part, (dtype, size) in parts.items()}
-        else:
-            expected[name] = shape, _FLOATS
+    tensors = (tensor for file in checkpoint_files(folder) for tensor in read_header(file))
+    stored, shapes = _tie_tables(by_name(tensors), config)
+    expected, precision = _expected(shapes, config), config.quantization
     _check(folder, stored, expected, config)
 
     weights: dict[str, Weight] = {}
@@ -134,7 +140,50 @@ def open_checkpoint(folder: Path, config: Config) -> dict[str, Weight]:
     return weights
 
 
-def _files(folder: Path) -> list[Path]:
+def by_name(tensors: Iterable[Stored]) -> dict[str, Stored]:
+    """Tensors under their published names; one that is there twice is refused."""
+    stored: dict[str, Stored] = {}
+    for tensor in tensors:
+        name = canonical_name(tensor.name)
+        if name.endswith(".position_ids"):  # a constant 0, 1, 2, ... that old releases saved
+            continue
+        if name in stored:
+            raise _twice(stored[name], tensor)
+        stored[name] = tensor
+    return stored
+
+
+def find_differences(stored: Mapping[str, Stored], config: Config) -> Differences:
+    """Hold tensors, under their published names, against those that a config asks for."""
+    tied, shapes = _tie_tables(stored, config)
+    return _differences(tied, _expected(shapes, config))
+
+
+def _tie_tables(stored: Mapping[str, Stored], config: Config) -> tuple[dict[str, Stored], Shapes]:
+    """The tensors, one serving as both tables where it has to, and the shapes there must be."""
+    stored, shapes = dict(stored), expected_shapes(config)
+    if config.text_config.tie_word_embeddings and LM_HEAD in stored:
+        # Tied by name, yet there: the same numbers again, the only copy, or a head trained apart.
+        if EMBED_TOKENS in stored:
+            shapes[LM_HEAD] = shapes[EMBED_TOKENS]
+        else:
+            stored[EMBED_TOKENS] = stored.pop(LM_HEAD)
+    return stored, shapes
+
+
+def _expected(shapes: Shapes, config: Config) -> _Expected:
+    """What the tensors must be that stand for weights of these shapes."""
+    expected: _Expected = {}
+    for name, shape in shapes.items():
+        if kind := packing(name, shape, config.quantization):
+            parts = part_tensors(name, shape, kind)
+            expected |= {part: (size, (dtype,)) for part, (dtype, size) in parts.items()}
+        else:
+            expected[name] = shape, _FLOATS
+    return expected
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
     """Find the safetensors files of a checkpoint folder."""
     if not folder.is_dir():
         found = "a file" if folder.exists() else "not there"
@@ -188,7 +237,7 @@ def _is_plain(name: str) -> bool:
     return not any(c in "/\\:" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
 
 
-def _read_header(file: Path) -> list[_Stored]:
+def read_header(file: Path) -> list[Stored]:
     """Let safetensors check a file, then say where its tensors lie."""
     if not file.is_file():
         raise NpvlmError(f"{file} is no regular file; copy the checkpoint again")
@@ -212,47 +261,48 @@ def _read_header(file: Path) -> list[_Stored]:
         ) from None
     header.pop("__metadata__", None)
     return [
-        _Stored(
+        Stored(
             file=file,
             name=name,
             data=data,
             dtype=entry["dtype"],
             shape=tuple(entry["shape"]),
             offset=8 + length + entry["data_offsets"][0],
+            nbytes=entry["data_offsets"][1] - entry["data_offsets"][0],
         )
         for name, entry in header.items()
     ]
 
 
-def _check(folder: Path, stored: dict[str, _Stored], expected: _Expected, config: Config) -> None:
+def _check(folder: Path, stored: dict[str, Stored], expected: _Expected, config: Config) -> None:
     """Hold the tensors that are there against those that must be, in one message."""
-    missing = [name for name in expected if name not in stored]
-    unexpected = [stored[name].name for name in stored if name not in expected]
+    found = _differences(stored, expected)
+    faults = [
+        f"{len(names)} {kind} ({_listed(grouped(names), _KINDS)})" for kind, names in found.said()
+    ]
+    if faults:
+        hint = _hint(found.missing, found.unexpected, stored, expected, config)
+        raise NpvlmError(f"{folder}: tensors do not fit config.json: {'; '.join(faults)}; {hint}")
+
+
+def _differences(stored: Mapping[str, Stored], expected: _Expected) -> Differences:
     there = [name for name in expected if name in stored]
     misshapen = [name for name in there if stored[name].shape != expected[name][0]]
     unread = [name for name in there if stored[name].dtype not in expected[name][1]]
-
-    shapes = {n: f" is {list(stored[n].shape)}, expected {list(expected[n][0])}" for n in misshapen}
-    types = {n: f" is {stored[n].dtype}, expected {_either(expected[n][1])}" for n in unread}
-    faults = [
-        f"{len(names)} {what} ({_all_of(names)})"
-        for what, names in (
-            ("missing", dict.fromkeys(missing, "")),
-            ("unexpected", dict.fromkeys(unexpected, "")),
-            ("of another shape", shapes),
-            ("of another type", types),
-        )
-        if names
-    ]
-    if faults:
-        hint = _hint(missing, unexpected, stored, expected, config)
-        raise NpvlmError(f"{folder}: tensors do not fit config.json: {'; '.join(faults)}; {hint}")
+    return Differences(
+        missing=[name for name in expected if name not in stored],
+        unexpected=[stored[name].name for name in stored if name not in expected],
+        misshapen={
+            n: f" is {list(stored[n].shape)}, expected {list(expected[n][0])}" for n in misshapen
+        },
+        mistyped={n: f" is {stored[n].dtype}, expected {_either(expected[n][1])}" for n in unread},
+    )
 
 
 def _hint(
     missing: list[str],
     unexpected: list[str],
-    stored: dict[str, _Stored],
+    stored: dict[str, Stored],
     expected: _Expected,
     config: Config,
 ) -> str:
@@ -274,24 +324,21 @@ def _hint(
     return "do config.json and the weights come from the same model?"
 
 
-def _twice(first: _Stored, second: _Stored) -> NpvlmError:
+def _twice(first: Stored, second: Stored) -> NpvlmError:
     """Refuse a tensor that is there twice: which of the two counts is anyone's guess."""
     here = f"{first.name} in {first.file}"
     there = f"{second.name} in {second.file.name}"
     return NpvlmError(f"{here} and {there} are the same tensor, expected one; remove the other")
 
 
-def _all_of(names: dict[str, str]) -> str:
+def grouped(names: Mapping[str, str]) -> list[str]:
     """Name all tensors, each with what is said of it; those of several layers share a name."""
     numbers: dict[tuple[str, str], list[int]] = {}
     for name, says in names.items():
         found = _NUMBER.search(name)
         pattern = _NUMBER.sub("*", name, count=1)
         numbers.setdefault((pattern, says), []).extend([int(found[0])] if found else [])
-    return _listed(
-        (pattern.replace("*", _ranges(at), 1) + says for (pattern, says), at in numbers.items()),
-        _KINDS,
-    )
+    return [pattern.replace("*", _ranges(at), 1) + says for (pattern, says), at in numbers.items()]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -8,6 +8,8 @@ Axis letters: D hidden_size of the decoder or the tower, F intermediate_size, V 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from npvlm.config import Config, TextConfig, VisionConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -33,6 +35,24 @@ def canonical_name(name: str) -> str:
         inner = rest.startswith("vision_model.")
         return name if inner else f"vision_tower.vision_model.{rest}"
     return name
+
+
+def spelling(names: Iterable[str]) -> str:
+    """Say whose spelling tensors have: that of the published checkpoints, or of a later release."""
+    names = list(names)
+    tower = [name for name in names if "vision_tower." in name]
+    if not tower:
+        return "none that is known"
+    newer = {name.startswith("model.") for name in tower}
+    inner = {"vision_tower.vision_model." in name for name in tower}
+    if len(newer) > 1 or len(inner) > 1:
+        return "mixed"
+    return {
+        (False, True): "as published",
+        (False, False): "as saved by transformers 5",
+        (True, True): "modules of transformers 4.52 and later",
+        (True, False): "modules of transformers 5",
+    }[newer.pop(), inner.pop()]
 
 
 def expected_shapes(config: Config) -> Shapes:

@@ -6,6 +6,7 @@ Ids are looked up by piece, never written as numbers: another vocabulary has oth
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,21 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
             "tokenizer.model that was published with this PaliGemma (Gemma's own has fewer)"
         )
     return Tokenizer(pieces, _with_own(added, pieces, config, folder), config)
+
+
+def piece_ids(folder: Path, pieces: Iterable[str]) -> tuple[int, dict[str, int | None]]:
+    """Count the pieces of tokenizer.model and look some up, whatever model they are for.
+
+    Tokens that other files add are found too; what no file names has None.
+
+    Raises
+    ------
+    NpvlmError
+        No vocabulary, or none of SentencePiece.
+    """
+    own = _read_pieces(folder)
+    added = _read_added(folder, own)
+    return len(own), {piece: added.get(piece, _piece_id(own, piece)) for piece in pieces}
 
 
 def _read_pieces(folder: Path) -> SentencePieceProcessor:

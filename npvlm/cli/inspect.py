@@ -1,0 +1,31 @@
+"""`npvlm inspect`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+
+@click.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object with everything.")
+def inspect(model: str, as_json: bool) -> int:
+    """Say what MODEL is and holds, also where it cannot be loaded.
+
+    MODEL is a bundled model or a folder. Family, sizes, files, tensors that are missing, unexpected
+    or misshapen, tokenizer, the memory that each precision takes, and what it was likely trained
+    for. No weight is read.
+
+    \b
+    npvlm inspect shapes
+    npvlm inspect paligemma-3b-mix-224 --json
+
+    Exit codes: 0 it would load, 1 it would not (and why), 3 there is no such folder.
+    """
+    from npvlm.work.inspect import inspect as run
+    from npvlm.work.inspect_page import page
+
+    found = run(model)
+    click.echo(json.dumps(found.to_dict(), allow_nan=False) if as_json else page(found))
+    return 0 if found.refusal is None else 1

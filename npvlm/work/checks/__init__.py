@@ -1,0 +1,1 @@
+"""What `npvlm doctor` looks at, one file for each kind of check."""

@@ -1,0 +1,90 @@
+"""Checks that the bundled model's files are those published, and that its logits are the goldens.
+
+In float32, int8 and int4 the bits of logits are the same on every CPU that has fused multiply-add:
+their checksums are goldens that fit in a line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from npvlm.api import Model, find_folder, load
+from npvlm.config import read_json
+from npvlm.kernels.vectors import features
+from npvlm.work.checks.finding import NOTE, Finding, settle
+
+NAME = "shapes"
+PROVENANCE = "PROVENANCE.json"
+PROMPT, ANSWER = "detect blue square", [5, 6, 7]
+# sha256 of the logits, as little-endian float32. A change that rounds differently changes them, and
+# a bundled model that is trained anew; nothing else may.
+LOGITS = {
+    "float32": "859eadff660da436c491873cd9669e12ef7c448dea087f98264f9facfd92ee9f",
+    "int8": "8677305c9e0a72aaa3018dd45861f28a129ac7c3781cc0bd190f13f0db149c72",
+    "int4": "13ceac5c325f9e147adf677c852c681f8ee04b8a7223136da00fd4229f613327",
+}
+# How far the kernels' logits may be from the definitions', relative, both in float32: a hundred
+# roundings. A wrong operation is off by a thousand times as much.
+APART = 100 * 2.0**-24
+
+
+def drawn_picture(side: int) -> Image.Image:
+    """A blue square and a shaded ground, drawn with whole numbers at the size that is read."""
+    x, y = np.arange(side)[None, :, None], np.arange(side)[:, None, None]
+    colours = (200 + x // 4 + y // 8 + np.array([0, 5, 10])) % 256
+    colours[side // 4 : side // 2, side // 4 : side // 2] = (30, 60, 200)
+    return Image.fromarray(colours.astype(np.uint8), "RGB")
+
+
+def golden_logits(model: Model) -> np.ndarray:
+    """What a model scores on the drawn picture.
+
+    -> [T, V]
+    """
+    picture = drawn_picture(model.config.vision_config.image_size)
+    return model.logits(picture, PROMPT, ANSWER)
+
+
+def checksum(logits: np.ndarray) -> str:
+    """The sha256 of logits, whatever the byte order of the machine."""
+    return hashlib.sha256(logits.astype("<f4").tobytes()).hexdigest()
+
+
+def check_files() -> Finding:
+    """Hold the bundled files against the checksums that were published with them."""
+    folder = find_folder(NAME)
+    published: dict[str, str] = read_json(folder / PROVENANCE)["sha256"]
+    changed = [name for name, digest in published.items() if _digest(folder / name) != digest]
+    said = f"{NAME}: {len(published)} files"
+    if changed:
+        said = f"{', '.join(changed)} in {folder} changed since publication; install npvlm again"
+    return settle("bundled files", not changed, said)
+
+
+def check_goldens() -> Finding:
+    """Hold the bundled model's logits against the checksums, bit for bit."""
+    wrong = [name for name in LOGITS if checksum(golden_logits(load(NAME, name))) != LOGITS[name]]
+    name = "golden logits"
+    if not wrong:
+        return settle(name, True, f"{NAME}: the bits published, in {', '.join(LOGITS)}")
+    said = f"{NAME}: other bits than published, in {', '.join(wrong)}"
+    if "fma" not in features():
+        return Finding(name, NOTE, f"{said}; they are promised for x86 CPUs with fma alone")
+    return settle(name, False, said)
+
+
+def check_definitions() -> Finding:
+    """Hold the kernels' logits against those of the definitions, through the whole model."""
+    found = golden_logits(load(NAME))
+    truth = golden_logits(load(NAME, ops="numpy")).astype(np.float64)
+    error = float(np.sqrt(np.mean((found - truth) ** 2) / np.mean(truth**2)))
+    said = f"{NAME}: {error:.1e} apart, expected at most {APART:.1e}"
+    return settle("model = definitions", error <= APART, said)
+
+
+def _digest(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
