@@ -23,6 +23,7 @@ from npvlm.files.checkpoint import (
     find_differences,
     read_header,
 )
+from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.names import EMBED_TOKENS, LM_HEAD, expected_shapes, spelling
 from npvlm.files.pictures import read_preprocessor
 from npvlm.files.tokenizer import IMAGE, load_tokenizer, piece_ids
@@ -125,6 +126,7 @@ class Inspection:
     """Everything found out; what could not be is None, and why stands in `problems`.
 
     refusal : the sentence with which `load` would refuse the folder, None where it would not
+    masks : the file that `segment` takes its mask decoder from, or why there is none
     own_head : whether the files have an output layer beside the embedding table
     """
 
@@ -140,6 +142,7 @@ class Inspection:
     own_head: bool | None
     differences: Differences | None
     vocabulary: Vocabulary | None
+    masks: str
     available: int | None
     needs: list[Need]
     kind: Kind
@@ -159,6 +162,16 @@ class _Problems(dict[str, str]):
         except NpvlmError as error:
             self.setdefault(part, str(error))
             return None
+
+
+def _masks(folder: Path) -> str:
+    """The mask decoder's file, or the sentence that refuses it."""
+    try:
+        file = find_mask_decoder(folder)
+        open_mask_decoder(file)
+    except NpvlmError as error:
+        return str(error)
+    return str(file)
 
 
 def inspect(model: str) -> Inspection:
@@ -198,6 +211,7 @@ def inspect(model: str) -> Inspection:
         own_head=_has_own_head(stored) if stored else None,
         differences=find_differences(stored or {}, config) if compared and config else None,
         vocabulary=problems.of("tokenizer", find_vocabulary, folder, config),
+        masks=_masks(folder),
         available=available,
         needs=_needs(config, types, available) if config else [],
         kind=likely_kind(model, folder, raw_values(folder)),

@@ -56,6 +56,7 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "tokenizer", problems["tokenizer"]
     if "pictures" in problems:
         yield "pictures", problems["pictures"]
+    yield "masks", found.masks
     yield from _memory(found)
     yield from _kind(found)
     if found.refusal is None:

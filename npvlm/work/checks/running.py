@@ -138,7 +138,7 @@ class Trial:
             model.weights,
             model.config,
             recorders,
-            self.steps,
+            [self.steps] * len(prompts),
             ops=model.ops,
             tap=closed,
         ):
