@@ -14,9 +14,11 @@ from npvlm.cli.bench import bench
 from npvlm.cli.compare import compare
 from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
+from npvlm.cli.fetch import fetch
 from npvlm.cli.generate import generate
 from npvlm.cli.interruption import Terminated, listen
 from npvlm.cli.kit import kit
+from npvlm.cli.models import models
 from npvlm.cli.replay import replay
 from npvlm.cli.trace import trace
 from npvlm.errors import NpvlmError
@@ -33,7 +35,9 @@ def npvlm() -> None:
 
     \b
     npvlm demo                                     see it work in seconds
-    npvlm generate photo.jpg --prompt "caption en" --model FOLDER
+    npvlm models                                   which are there, and what fits here?
+    npvlm fetch paligemma-3b-mix-224               bring one
+    npvlm generate photo.jpg --prompt "caption en" --model paligemma-3b-mix-224
     npvlm convert FOLDER SMALLER --precision int8
     npvlm bench --synthetic paligemma-3b-224       how fast is this machine?
     npvlm trace photo.jpg --prompt "caption en"    every stage from picture to token
@@ -46,8 +50,10 @@ npvlm.add_command(bench)
 npvlm.add_command(compare)
 npvlm.add_command(convert)
 npvlm.add_command(demo)
+npvlm.add_command(fetch)
 npvlm.add_command(generate)
 npvlm.add_command(kit)
+npvlm.add_command(models)
 npvlm.add_command(replay)
 npvlm.add_command(trace)
 
