@@ -224,8 +224,8 @@ def _is_sound(remote: Remote, file: RemoteFile, say: Say) -> bool:
             _link(pointer, blob)
             return True
         say(f"{file.name} is damaged and fetched again")
-    pointer.unlink(missing_ok=True)
-    blob.unlink(missing_ok=True)
+        pointer.unlink(missing_ok=True)
+        blob.unlink(missing_ok=True)
     return False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from npvlm.config import parse_config
@@ -153,8 +154,7 @@ class Published:
     @property
     def parameters(self) -> int:
         """Numbers in its weights; the embedding table, also the output layer, counts once."""
-        shapes = expected_shapes(parse_config(config_values(self.size, self.resolution)))
-        return sum(map(math.prod, shapes.values()))
+        return _parameters(self.size, self.resolution)
 
     @property
     def bytes(self) -> int:
@@ -178,6 +178,12 @@ def config_values(size: str, resolution: int) -> dict[str, Any]:
         "torch_dtype": "bfloat16",
         "vision_config": _VISION | {"image_size": resolution, "projection_dim": width},
     }
+
+
+@cache
+def _parameters(size: str, resolution: int) -> int:
+    shapes = expected_shapes(parse_config(config_values(size, resolution)))
+    return sum(map(math.prod, shapes.values()))
 
 
 def _all() -> list[Published]:

@@ -137,12 +137,17 @@ def _config(size: str, resolution: int) -> Config:
 def _needs(config: Config, stored: int, fetch: int, free: int | None, disk: int) -> dict[str, Need]:
     found = {}
     for precision in PRECISIONS:
-        weights = weight_bytes(config, precision, stored)
-        memory = weights + working_bytes(config)
+        weights, beside = _takes(config, precision, stored)
+        memory = weights + beside
         on_disk = fetch + (weights if precision in PACKED else 0)
         suffices = None if free is None else memory <= free
         found[precision] = Need(memory, on_disk, suffices, on_disk <= disk)
     return found
+
+
+@cache  # many models have the same sizes
+def _takes(config: Config, precision: str, stored: int) -> tuple[int, int]:
+    return weight_bytes(config, precision, stored), working_bytes(config)
 
 
 def _state(model: Published) -> str:
