@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", metavar="NAME|REPO")
-@click.option("--revision", metavar="NAME", help="A branch, tag or commit.  [default: bfloat16]")
+@click.option(
+    "--revision", metavar="NAME", help="A branch, tag or commit.  [default: the one in bfloat16]"
+)
 @click.option("--dry-run", is_flag=True, help="Say which files and bytes it would be; fetch none.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 def fetch(model: str, revision: str | None, dry_run: bool, quiet: bool) -> None:
@@ -37,7 +40,8 @@ def fetch(model: str, revision: str | None, dry_run: bool, quiet: bool) -> None:
             click.echo(f"npvlm: {what}", err=True)
 
     def begin(file: RemoteFile) -> None:
-        say(f"{file.name}, {_size(file.size)}")
+        if sys.stderr is None or not sys.stderr.isatty():  # else a bar says it
+            say(f"{file.name}, {_size(file.size)}")
 
     wanted = _wanted(model, revision)
     try:
