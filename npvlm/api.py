@@ -32,6 +32,7 @@ from npvlm.decoding.generate import Token, generate, logits
 from npvlm.decoding.prompt import TextStream, layout
 from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.errors import NpvlmError, UsageError
+from npvlm.files import hub
 from npvlm.files.checkpoint import open_checkpoint
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.packed import at_precision
@@ -66,8 +67,9 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
 
     Parameters
     ----------
-    model : the name of a bundled model ("shapes") or a checkpoint folder with config.json,
-        *.safetensors, tokenizer.model and preprocessor_config.json as published
+    model : the name of a bundled model ("shapes"), a checkpoint folder with config.json,
+        *.safetensors, tokenizer.model and preprocessor_config.json as published, or what
+        `npvlm fetch` has brought, by its name ("paligemma-3b-mix-224", "OWNER/NAME@REVISION")
     precision : "float32" (float32 arithmetic on weights as stored), "bfloat16", "int8" or "int4";
         by default what `npvlm convert` packed the folder for, float32 for any other. Weights that
         are not stored so are rounded or packed in memory, which takes time and room
@@ -117,19 +119,27 @@ def _namespace(ops: str) -> tuple[ModuleType, Mapping[str, Packer]]:
 
 
 def find_folder(model: str | Path) -> Path:
-    """The folder of a model: a bundled one by its name, else the checkpoint folder itself."""
+    """The folder of a model: a bundled one, a checkpoint folder, or one in the hub's cache."""
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
     folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
     try:
         found = folder.is_dir() and str(model) != ""
     except OSError:  # a name too long for a file
         found = False
-    if not found:
+    if found:
+        return folder
+    wanted = hub.parse_name(str(model))
+    if wanted and (cached := hub.find_cached(wanted)):
+        return cached
+    if wanted and wanted.published:
+        size = f"{wanted.published.bytes / 1e9:.1f} GB"
         raise NpvlmError(
-            f"{str(model)!r} is no model; expected a checkpoint folder (npvlm downloads nothing) "
-            f"or one of the bundled models ({', '.join(bundled)})."
+            f"{model} is not on this machine; `npvlm fetch {model}` brings it ({size})."
         )
-    return folder
+    raise NpvlmError(
+        f"{str(model)!r} is no model; expected a bundled one ({', '.join(bundled)}), a checkpoint "
+        "folder, or one that `npvlm fetch` has brought (`npvlm models` lists those there are)."
+    )
 
 
 def _precision(folder: Path, config: Config, asked: str | None) -> str:

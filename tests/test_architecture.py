@@ -46,7 +46,7 @@ LIBRARIES = {
     "config": set(),
     "model": {"numpy"},
     "kernels": {"numpy", "numba", "llvmlite"},
-    "files": {"numpy", "PIL", "safetensors", "sentencepiece"},
+    "files": {"numpy", "PIL", "safetensors", "sentencepiece", "huggingface_hub"},
     "decoding": {"numpy"},
     "answers": {"numpy", "PIL"},
     "api": {"numpy", "PIL"},

@@ -18,10 +18,12 @@ from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
 from npvlm.cli.detect import detect, segment
 from npvlm.cli.doctor import doctor
+from npvlm.cli.fetch import fetch
 from npvlm.cli.generate import generate
 from npvlm.cli.inspect import inspect
 from npvlm.cli.interruption import Terminated, listen
 from npvlm.cli.kit import kit
+from npvlm.cli.models import models
 from npvlm.cli.replay import replay
 from npvlm.cli.tokens import tokens
 from npvlm.cli.trace import trace
@@ -32,44 +34,43 @@ Exit codes: 0 fine, 1 a check found a difference, 2 bad use,
 3 a model, file or machine problem, 130 Ctrl-C, 143 SIGTERM."""
 
 
-@click.group(epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+# What --help lists under which heading.
+COMMANDS: dict[str, list[click.Command]] = {
+    "Ask pictures": [demo, caption, ask, ocr, detect, segment, chat, generate],
+    "Models": [models, fetch, convert, inspect, tokens],
+    "This machine": [doctor, bench],
+    "Port PaliGemma": [trace, compare, replay, kit],
+}
+
+
+class Commands(click.Group):
+    """A group whose help lists commands by what they are for."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each heading."""
+        for heading, commands in COMMANDS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(c.name or "", c.get_short_help_str(70)) for c in commands])
+
+
+@click.group(
+    cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(__version__, prog_name="npvlm")
 def npvlm() -> None:
     """PaliGemma and PaliGemma 2 on a plain CPU: ask pictures questions.
 
     \b
-    npvlm demo                                     see it work in seconds
-    npvlm generate photo.jpg --prompt "caption en" --model FOLDER
-    npvlm convert FOLDER SMALLER --precision int8
-    npvlm inspect FOLDER                           what is it, and why will it not load?
-    npvlm doctor                                   does it compute as it should here?
-    npvlm bench --synthetic paligemma-3b-224       how fast is this machine?
-    npvlm trace photo.jpg --prompt "caption en"    every stage from picture to token
-    npvlm compare REFERENCE MINE                   where does my own port go wrong?
-    npvlm kit -o FOLDER                            all that checking a port takes
+    npvlm demo                             see it work in seconds
+    npvlm fetch paligemma-3b-mix-224       bring a model
+    npvlm caption photo.jpg --model paligemma-3b-mix-224
+    npvlm detect photo.jpg "cat ; dog" -o boxes.png --model paligemma-3b-mix-224
     """
 
 
-for command in (
-    ask,
-    bench,
-    caption,
-    chat,
-    compare,
-    convert,
-    demo,
-    detect,
-    doctor,
-    generate,
-    inspect,
-    kit,
-    ocr,
-    replay,
-    segment,
-    tokens,
-    trace,
-):
-    npvlm.add_command(command)
+for group in COMMANDS.values():
+    for command in group:
+        npvlm.add_command(command)
 
 
 def main() -> NoReturn:

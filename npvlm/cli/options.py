@@ -64,7 +64,8 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "model",
         envvar="NPVLM_MODEL",
         metavar="NAME|FOLDER",
-        help="A bundled model or a checkpoint folder.  [default: $NPVLM_MODEL, else shapes]",
+        help="A bundled or fetched model, or a checkpoint folder.  "
+        "[default: $NPVLM_MODEL, else shapes]",
     )(command)
 
 

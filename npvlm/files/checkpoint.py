@@ -30,7 +30,7 @@ from npvlm.files.names import (
 from npvlm.files.packed import join_parts, packing, part_names, part_tensors
 from npvlm.model.weights import Array, BFloat16, Weight
 
-_SINGLE = "model.safetensors"
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
 _FLOATS = ("F32", "F16", "BF16")
@@ -187,9 +187,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """Find the safetensors files of a checkpoint folder."""
     if not folder.is_dir():
         found = "a file" if folder.exists() else "not there"
-        raise NpvlmError(f"{folder} is {found}, expected a folder with {_SINGLE}")
-    if (folder / _SINGLE).exists() or (folder / _SINGLE).is_symlink():
-        return [folder / _SINGLE]
+        raise NpvlmError(f"{folder} is {found}, expected a folder with {SINGLE}")
+    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
+        return [folder / SINGLE]
     if (folder / INDEX).exists():
         return _shards(folder / INDEX)
     if (folder / "adapter_model.safetensors").exists():
@@ -199,10 +199,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
     others = sorted({file.name for kind in OTHER_FORMATS for file in folder.glob(kind)})
     if others:
         raise NpvlmError(
-            f"{folder} has {_listed(others, 3)} and no {_SINGLE}; npvlm reads safetensors only: "
+            f"{folder} has {_listed(others, 3)} and no {SINGLE}; npvlm reads safetensors only: "
             "fetch the model's safetensors files, or save it again with transformers"
         )
-    raise NpvlmError(f"{folder} has neither {_SINGLE} nor {INDEX}; copy the weights into it")
+    raise NpvlmError(f"{folder} has neither {SINGLE} nor {INDEX}; copy the weights into it")
 
 
 def _shards(index: Path) -> list[Path]:

@@ -40,7 +40,10 @@ def working_bytes(config: Config) -> int:
     """About what a run takes beside the weights: one picture, a short prompt, a short answer.
 
     The keys and values of every token are kept. A layer holds its widest product, the same again
-    as the next product reads it, and a few vectors for each token.
+    as the next product reads it, and a few vectors for each token. It is meant to be a little too
+    much: `npvlm bench` measured 123 to 161 MB for a PaliGemma 3B at 224 px, which is 169 here, and
+    430 MB for a PaliGemma 2 3B at 448 px, 472 here. Compiling the kernels, once on a machine, takes
+    about 150 MB more.
     """
     text, vision = config.text_config, config.vision_config
     tokens = vision.num_patches + TEXT

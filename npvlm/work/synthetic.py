@@ -23,65 +23,17 @@ from npvlm.config import Values, parse_config
 from npvlm.errors import NpvlmError
 from npvlm.files.names import Shapes, expected_shapes
 from npvlm.files.output import check_new, new_folder
+from npvlm.files.published import config_values
 
 BLOCK = 4_194_301  # numbers in the block; a prime, so that no two rows of a weight are alike
 SPREAD = np.float32(0.02)
-IMAGE_TOKEN = 257152
 WEIGHTS = "model.safetensors"
-
-_VISION = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "model_type": "siglip_vision_model",
-    "num_attention_heads": 16,
-    "num_hidden_layers": 27,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
-_TEXT: dict[str, dict[str, Any]] = {
-    "paligemma": {
-        "hidden_size": 2048,
-        "intermediate_size": 16384,
-        "model_type": "gemma",
-        "num_attention_heads": 8,
-        "num_hidden_layers": 18,
-        "num_key_value_heads": 1,
-        "vocab_size": 257216,
-    },
-    "paligemma2": {
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "model_type": "gemma2",
-        "num_attention_heads": 8,
-        "num_hidden_layers": 26,
-        "num_key_value_heads": 4,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "vocab_size": 257216,
-    },
-}
 
 
 def synthetic_config(name: str) -> dict[str, Any]:
     """The config.json of a published 3B, such as "paligemma2-3b-448"."""
-    family, _, size = name.split("-")
-    text = _TEXT[family]
-    return {
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "image_token_index": IMAGE_TOKEN,
-        "model_type": "paligemma",
-        "pad_token_id": 0,
-        "projection_dim": text["hidden_size"],
-        "text_config": text,
-        "torch_dtype": "bfloat16",
-        "vision_config": _VISION | {"image_size": int(size), "projection_dim": text["hidden_size"]},
-    }
+    size, _, resolution = name.rpartition("-")
+    return config_values(size, int(resolution))
 
 
 def weight_bytes(values: Values) -> int:
