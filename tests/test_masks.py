@@ -114,7 +114,7 @@ def test_the_published_file_and_a_safetensors_one_are_read_alike(tmp_path: Path)
 def test_a_model_s_mask_decoder_lies_in_its_folder_or_beside_it(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    with pytest.raises(NpvlmError, match=r"vae-oid\.npz.*download https://"):
+    with pytest.raises(NpvlmError, match=r"vae-oid\.npz.*curl -o .*vae-oid\.npz https://"):
         find_mask_decoder(folder)
     (tmp_path / "vae-oid.npz").touch()
     assert find_mask_decoder(folder) == tmp_path / "vae-oid.npz"

@@ -50,7 +50,7 @@ class Commands(click.Group):
         """Write a section for each heading."""
         for heading, commands in COMMANDS.items():
             with formatter.section(heading):
-                formatter.write_dl([(c.name or "", c.get_short_help_str(70)) for c in commands])
+                formatter.write_dl([(c.name or "", c.get_short_help_str(200)) for c in commands])
 
 
 @click.group(

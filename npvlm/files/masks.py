@@ -44,7 +44,7 @@ def find_mask_decoder(folder: Path) -> Path:
                 return place / name
     raise NpvlmError(
         f"{folder} has no mask decoder, expected {' or '.join(FILES)} in it or beside it; "
-        f"download {ADDRESS} (8.5 MB) to there."
+        f"get it once (8.5 MB): curl -o {folder / FILES[0]} {ADDRESS}"
     )
 
 

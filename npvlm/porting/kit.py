@@ -105,7 +105,10 @@ def _own_models(draft: Path) -> dict[str, str]:
 
 def _name(model: str) -> str:
     """What a kit calls a model: not where its maker has it."""
-    return find_folder(model).resolve().name
+    folder = find_folder(model).resolve()
+    if folder.parent.name == "snapshots":  # of the hub's cache: models--OWNER--NAME/snapshots/HASH
+        return folder.parents[1].name.split("--")[-1]
+    return folder.name
 
 
 def _save_goldens(
