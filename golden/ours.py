@@ -15,6 +15,7 @@ import numpy as np
 
 from npvlm.api import Model
 from npvlm.config import Config
+from npvlm.decoding.beams import beam_search
 from npvlm.decoding.generate import generate, logits
 from npvlm.model import paligemma
 from npvlm.model.tap import closed
@@ -86,6 +87,34 @@ def decode(
     for _ in steps:
         pass
     return [np.stack(own) for own in rows]
+
+
+def beams(
+    model: Model, pixels: Sequence[Array], prompts: Sequence[Sequence[int]], steps: int, count: int
+) -> list[tuple[list[int], list[float]]]:
+    """The best beam of each prompt, packed together: its ids and their log-probabilities.
+
+    pixels: for each prompt its pictures [N, 3, R, R], in the dtype to compute in
+    """
+    features = paligemma.image_features(
+        np.concatenate(pixels), model.weights, model.config, ops=model.ops, tap=closed
+    )
+    found: dict[int, tuple[list[int], list[float]]] = {}
+    for tokens in beam_search(
+        [np.array(ids, np.int64) for ids in prompts],
+        features.reshape(-1, features.shape[-1]),
+        model.weights,
+        model.config,
+        count,
+        steps,
+        ops=model.ops,
+        tap=closed,
+    ):
+        for token in tokens:
+            ids, logprobs = found.setdefault(token.sequence, ([], []))
+            ids.append(token.id)
+            logprobs.append(token.logprob)
+    return [found[i] for i in range(len(prompts))]
 
 
 def required(config: Config) -> set[str]:

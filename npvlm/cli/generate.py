@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from npvlm.cli.lines import escaped
 from npvlm.cli.options import (
     Finite,
     model_option,
@@ -13,6 +14,7 @@ from npvlm.cli.options import (
     ops_option,
     precision_option,
     threads_option,
+    toy,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +61,13 @@ if TYPE_CHECKING:
     help="True: temperature 0.8 and top-p 0.9 unless given. False: greedy.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of the draws.  [default: a new one]")
+@click.option(
+    "--beams",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Write N answers side by side and give the likeliest, whole; draws nothing.",
+)
 @click.option("--together", is_flag=True, help="All pictures in front of one prompt, one answer.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per answer.")
 @ops_option
@@ -76,6 +85,7 @@ def generate(
     top_p: float | None,
     do_sample: bool | None,
     seed: int | None,
+    beams: int,
     together: bool,
     as_json: bool,
     ops: str,
@@ -101,22 +111,21 @@ def generate(
     from npvlm.decoding.sampling import Sampling, draw_seed
 
     sampling = Sampling(temperature, top_k, top_p)
+    if beams > 1 and not sampling.greedy:
+        raise click.UsageError("--beams draws nothing: leave it out, or the options that draw.")
     if seed is None and not sampling.greedy:
         seed = draw_seed()
         click.echo(f"npvlm: seed {seed}", err=True)
     if only_cpu is False:
         click.echo("npvlm: --only_cpu False changes nothing: npvlm runs on the CPU.", err=True)
-    if model is None:
-        model = "shapes"
-        note = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
-        click.echo(f"npvlm: {note}", err=True)
     answer(
-        open_model(model, precision, ops),
+        open_model(model or toy(), precision, ops),
         [pictures] if together else pictures,
         prompt,
         sampling,
         max_tokens,
         seed,
+        beams,
         as_json,
     )
 
@@ -128,6 +137,7 @@ def answer(
     sampling: Sampling,
     max_tokens: int,
     seed: int | None,
+    beams: int,
     as_json: bool,
 ) -> None:
     """Run the model and print: a stream for one answer, a line for each of several."""
@@ -137,7 +147,9 @@ def answer(
         note = f"npvlm: {removed} <image> removed from the prompt; pictures go first anyway."
         click.echo(note, err=True)
     streaming = len(pictures) == 1 and not as_json
-    for event in model.events(pictures, prompt, sampling, max_tokens=max_tokens, seed=seed):
+    for event in model.events(
+        pictures, prompt, sampling, max_tokens=max_tokens, seed=seed, beams=beams
+    ):
         if isinstance(event, Piece):
             if streaming:
                 click.echo(event.text, nl=False)
@@ -147,10 +159,4 @@ def answer(
 
 def _line(answer: Answer) -> str:
     """One line for one answer, whatever is in it."""
-    return f"{_escaped(str(answer.image))}\t{_escaped(answer.text)}"
-
-
-def _escaped(text: str) -> str:
-    for character, written in (("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r")):
-        text = text.replace(character, written)
-    return text
+    return f"{escaped(str(answer.image))}\t{escaped(answer.text)}"

@@ -18,6 +18,7 @@ from npvlm.cli.generate import generate
 from npvlm.cli.interruption import Terminated, listen
 from npvlm.cli.kit import kit
 from npvlm.cli.replay import replay
+from npvlm.cli.score import score
 from npvlm.cli.trace import trace
 from npvlm.errors import NpvlmError
 
@@ -34,6 +35,7 @@ def npvlm() -> None:
     \b
     npvlm demo                                     see it work in seconds
     npvlm generate photo.jpg --prompt "caption en" --model FOLDER
+    npvlm score photo.jpg "answer en what is it?" cat dog
     npvlm convert FOLDER SMALLER --precision int8
     npvlm bench --synthetic paligemma-3b-224       how fast is this machine?
     npvlm trace photo.jpg --prompt "caption en"    every stage from picture to token
@@ -49,6 +51,7 @@ npvlm.add_command(demo)
 npvlm.add_command(generate)
 npvlm.add_command(kit)
 npvlm.add_command(replay)
+npvlm.add_command(score)
 npvlm.add_command(trace)
 
 

@@ -104,21 +104,29 @@ def ops_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def open_model(model: str, precision: str | None, ops: str) -> Model:
-    """Load a model; what takes a while the first time is said."""
+def toy() -> str:
+    """The name of the bundled model, for those who named none; that it is a toy is said."""
+    note = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
+    click.echo(f"npvlm: {note}", err=True)
+    return "shapes"
+
+
+def open_model(model: str, precision: str | None, ops: str, quiet: bool = False) -> Model:
+    """Load a model; what takes a while the first time is said, unless it is to be quiet."""
     from npvlm.api import find_folder, load
 
-    if precision in PACKED and read_config(find_folder(model)).quantization is None:
+    if not quiet and precision in PACKED and read_config(find_folder(model)).quantization is None:
         note = f"weights are packed as {precision} in memory; `npvlm convert` does so once for all."
         click.echo(f"npvlm: {note}", err=True)
     if ops == "kernels":
-        say_when_compiling()
+        say_when_compiling(quiet)
     return load(model, precision, ops)
 
 
-def say_when_compiling() -> None:
+def say_when_compiling(quiet: bool = False) -> None:
     """Say on stderr, once, that kernels are compiled, if they are, and let signals wait for it."""
     from npvlm.kernels.compiling import tell_of_compiling, wrap_compiler
 
-    tell_of_compiling(lambda what: click.echo(f"npvlm: {what}", err=True))
+    if not quiet:
+        tell_of_compiling(lambda what: click.echo(f"npvlm: {what}", err=True))
     wrap_compiler(hold, release)
