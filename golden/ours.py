@@ -17,6 +17,7 @@ from npvlm.api import Model
 from npvlm.config import Config
 from npvlm.decoding.beams import beam_search
 from npvlm.decoding.generate import generate, logits
+from npvlm.decoding.score import score as score_answers
 from npvlm.model import paligemma
 from npvlm.model.tap import closed
 from npvlm.model.weights import Array
@@ -115,6 +116,27 @@ def beams(
             ids.append(token.id)
             logprobs.append(token.logprob)
     return [found[i] for i in range(len(prompts))]
+
+
+def score(
+    model: Model, pixels: Array, ids: Sequence[int], answers: Sequence[Sequence[int]]
+) -> list[Array]:
+    """The log-probabilities [T] of each of the given answers behind one prompt, scored together.
+
+    pixels [N, 3, R, R]
+    """
+    features = paligemma.image_features(
+        pixels, model.weights, model.config, ops=model.ops, tap=closed
+    )
+    return score_answers(
+        np.array(ids, np.int64),
+        [np.array(answer, np.int64) for answer in answers],
+        features.reshape(-1, features.shape[-1]),
+        model.weights,
+        model.config,
+        ops=model.ops,
+        tap=closed,
+    )
 
 
 def required(config: Config) -> set[str]:
