@@ -8,6 +8,7 @@ Axis letters: T tokens · V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ from golden.oracle import STEPS, Case
 BEAMS = (2, 3, 5)
 EOS = 1
 NEAR = ((4, 1), (9, 2), (14, 3))  # a greedy step, and which of its likeliest tokens ends answers
+# The third likeliest, where two beams are: an end that would often win and must not count.
+THIRD = (4, 2)
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,7 @@ class Search:
     ends: list[int]
     answer: list[int]  # in float64, as is the next
     score: float
-    torchs: list[int]  # in float32, as is the next
-    torchs_score: float
+    torchs: list[int]  # in float32
 
 
 def searches(
@@ -39,10 +41,11 @@ def searches(
     float32: PaliGemmaForConditionalGeneration,
     float64: PaliGemmaForConditionalGeneration,
 ) -> list[Search]:
-    """Several widths for every prompt, with near tokens as ends; one of them with `<eos>` alone."""
-    near = near_ends(cases)
-    asked = [(n, beams, near) for n in range(len(cases)) for beams in BEAMS]
+    """For each prompt several widths with near tokens as ends, and others with few ends."""
+    near = [EOS, *(end for case in cases for end in ends_near(case, NEAR))]
+    asked = [(n, beams, list(dict.fromkeys(near))) for n in range(len(cases)) for beams in BEAMS]
     asked += [(n, BEAMS[n % len(BEAMS)], [EOS]) for n in range(len(cases))]
+    asked += [(n, 2, [EOS, *ends_near(case, [THIRD])]) for n, case in enumerate(cases)]
     return [search(n, cases[n], beams, ends, float32, float64) for n, beams, ends in asked]
 
 
@@ -56,19 +59,16 @@ def search(
 ) -> Search:
     """One search in both precisions."""
     asked = case.pixels, case.ids, STEPS, beams, ends
-    torchs, torchs_score = oracle.beam_search(float32, *asked)
+    torchs, _ = oracle.beam_search(float32, *asked)
     with oracle.lifted():
         answer, score = oracle.beam_search(float64, *asked)
-    return Search(prompt, beams, ends, answer, score, torchs, torchs_score)
+    return Search(prompt, beams, ends, answer, score, torchs)
 
 
-def near_ends(cases: list[Case]) -> list[int]:
-    """`<eos>`, and for each prompt tokens that are second, third and fourth at some greedy step."""
-    found = [EOS]
-    for case in cases:
-        likely = np.argsort(-case.scores, axis=-1, kind="stable")
-        found += [int(likely[step, place]) for step, place in NEAR if step < len(likely)]
-    return list(dict.fromkeys(found))
+def ends_near(case: Case, places: Iterable[tuple[int, int]]) -> list[int]:
+    """Tokens that have these places among the likeliest of greedy steps."""
+    likely = np.argsort(-case.scores, axis=-1, kind="stable")
+    return [int(likely[step, place]) for step, place in places if step < len(likely)]
 
 
 def logits_off(case: Case) -> float:
