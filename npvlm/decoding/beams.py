@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from npvlm.config import Config
 from npvlm.decoding.generate import Token
 from npvlm.decoding.passes import extend, prefill
+from npvlm.model import gemma
 from npvlm.model.cache import LayerCache, Rows, fork, new_cache
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap
@@ -136,6 +137,8 @@ def beam_search(
     widths = [len(ids) + max_tokens - 1 for ids in prompts]  # the last token is not read
     starts = np.cumsum([0] + [beams * width for width in widths]).tolist()
     cache = new_cache(config.text_config, starts[-1], features.dtype)
+    text = w.scope("language_model")
+
     scores = prefill(prompts, features, starts, cache, w, config, ops=ops, tap=tap)
     live = []
     for i, (ids, start, width) in enumerate(zip(prompts, starts, widths, strict=False)):
@@ -159,8 +162,9 @@ def beam_search(
         if not live:
             return
         ids = np.array([beam.ids[-1] for search in live for beam in search.beams])
+        x = gemma.embed(ids, text, config.text_config, features.dtype, ops=ops)
         packed = Rows.pack([row for search in live for row in search.rows()])
-        scores = extend(ids, packed, cache, w, config, ops=ops, tap=tap)
+        scores = extend(x, packed, cache, w, config, ops=ops, tap=tap)
 
 
 def _tokens(search: Search) -> list[Token]:

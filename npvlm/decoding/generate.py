@@ -59,6 +59,8 @@ def generate(
     lengths = [len(ids) for ids in prompts]
     starts = np.cumsum([0] + [n + max_tokens - 1 for n in lengths])  # the last token is not read
     cache = new_cache(config.text_config, int(starts[-1]), features.dtype)
+    text = w.scope("language_model")
+
     scores = prefill(prompts, features, starts, cache, w, config, ops=ops, tap=tap)  # [live, V]
     live = list(range(len(prompts)))
 
@@ -70,15 +72,17 @@ def generate(
         yield tokens
 
         tokens = [token for token in tokens if token.id not in config.eos_token_ids]
-        if not tokens or step == max_tokens - 1:
+        if not tokens:
             return
         live = [token.sequence for token in tokens]
         ids = np.array([token.id for token in tokens])
+        x = gemma.embed(ids, text, config.text_config, features.dtype, ops=ops)
         at = [lengths[i] + step for i in live]
         rows = Rows.pack(
             [Rows.of(starts[i], lengths[i], range(n, n + 1)) for i, n in zip(live, at, strict=True)]
         )
-        scores = extend(ids, rows, cache, w, config, ops=ops, tap=tap)
+        if step < max_tokens - 1:
+            scores = extend(x, rows, cache, w, config, ops=ops, tap=tap)
 
 
 def logits(

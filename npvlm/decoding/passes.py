@@ -13,7 +13,7 @@ import numpy as np
 
 from npvlm.config import Config
 from npvlm.errors import NpvlmError
-from npvlm.model import gemma, paligemma
+from npvlm.model import paligemma
 from npvlm.model.cache import LayerCache, Rows
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap
@@ -56,7 +56,7 @@ def prefill(
 
 
 def extend(
-    ids: Index,
+    x: Array,
     rows: Rows,
     cache: Sequence[LayerCache],
     w: Weights,
@@ -69,11 +69,9 @@ def extend(
 
     Errors are those of `prefill`.
 
-    ids [T] -> [T, V]
+    x [T, D] -> [T, V]
     """
-    text, dtype = w.scope("language_model"), cache[0].keys.dtype
-    x = gemma.embed(ids, text, config.text_config, dtype, ops=ops)
-    every = np.arange(len(ids))
+    every = np.arange(len(x))
     return _finite(paligemma.forward(x, w, config, cache, rows, every, ops=ops, tap=tap))
 
 

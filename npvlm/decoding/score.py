@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from npvlm.config import Config
 from npvlm.decoding.passes import extend, prefill
+from npvlm.model import gemma
 from npvlm.model.cache import Rows, fork, new_cache
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap
@@ -55,9 +56,10 @@ def score(
     prefix = len(prompt)
     width = prefix + max(map(len, answers)) - 1  # the last token is not read
     packs = list(_packs(answers, width))
-    runs = [i * width for i in range(max(1, *map(len, packs)))]
+    runs = [i * width for i in range(max(map(len, packs)))]
     cache = new_cache(config.text_config, width * len(runs), features.dtype)
-    [first] = prefill([prompt], features, runs, cache, w, config, ops=ops, tap=tap)  # [V]
+    text = w.scope("language_model")
+    [first] = prefill([prompt], features, [0], cache, w, config, ops=ops, tap=tap)  # [V]
     fork(cache, 0, runs[1:], range(prefix))
 
     # An answer of one token needs no pass, as what comes first is known.
@@ -71,7 +73,8 @@ def score(
                 for run, answer in zip(runs, pack, strict=False)
             ]
         )
-        scores = extend(ids, rows, cache, w, config, ops=ops, tap=tap) if len(ids) else ids
+        x = gemma.embed(ids, text, config.text_config, features.dtype, ops=ops)
+        scores = extend(x, rows, cache, w, config, ops=ops, tap=tap) if len(x) else x
         behind = iter(scores)
         for answer in pack:
             later = [ops.log_softmax(next(behind))[i] for i in answer[1:]]
