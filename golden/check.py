@@ -24,7 +24,7 @@ import numba
 import numpy as np
 
 import npvlm
-from golden import check_stored, oracle, ours
+from golden import check_beams, check_stored, oracle, ours
 from golden.check_masks import check_masks
 from golden.oracle import RECIPES, STEPS, WIDE, Case, Recipe
 from golden.ours import rms
@@ -69,6 +69,7 @@ class Report:
     prompts: int = 0
     tokens: list[int] = field(default_factory=list)  # greedy, and equal if nothing is said
     margin: float = math.inf
+    beams: check_beams.Found = field(default_factory=check_beams.Found)
 
     def hold(self, fine: bool, difference: str) -> None:
         """Note a difference unless all is fine; written so that a nan is a difference too."""
@@ -101,6 +102,7 @@ def main() -> int:
     show_stages(report)
     show_losses(report)
     if not arguments.wide:
+        report.differences += check_beams.show(report.beams)
         report.differences += check_stored.check()
         report.differences += check_masks()
 
@@ -137,6 +139,10 @@ def compare(folder: Path, recipe: Recipe, report: Report) -> None:
         DECODE: compare_decoding(definitions, kernels, cases, recipe, report),
     }
     report.losses[recipe.name] = compare_precisions(folder, cases, recipe, report)
+    if not recipe.name.endswith(("1024", "wide")):  # in which beams take minutes, and show no more
+        check_beams.compare(
+            recipe.name, definitions, kernels, float32, float64, cases, report.beams
+        )
 
 
 def compare_inputs(model: Model, case: Case) -> Errors:

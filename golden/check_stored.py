@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import npvlm
-from golden import make, op_cases, oracle, our_ops, ours
+from golden import beam_cases, make, op_cases, oracle, our_ops, ours
 from golden.make import GOLDEN
 from golden.oracle import RECIPES, Case
 from npvlm import kernels
@@ -56,12 +56,17 @@ def main() -> int:
 def check() -> list[str]:
     """Regenerate everything, print the tables, and give every difference in words."""
     differences = compare_ops()
+    beams = json.loads((GOLDEN / "beams.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
         for recipe in (recipe for recipe in RECIPES if recipe.name in make.NAMES):
             fresh = oracle.build_checkpoint(Path(folder) / recipe.name, recipe)
             float32 = oracle.load_float32(fresh)
-            cases = oracle.cases(fresh, recipe, float32, oracle.load_float64(float32))
+            float64 = oracle.load_float64(float32)
+            cases = oracle.cases(fresh, recipe, float32, float64)
             differences += compare_model(recipe.name, fresh, cases)
+            searches = make.describe_beams(beam_cases.searches(cases, float32, float64))
+            stored = beams["searches"][recipe.name], beams["logits_off"][recipe.name]
+            differences += compare_beams(recipe.name, *stored, searches)
     differences += compare_model("shapes-run", make.BUNDLED, make.shapes_cases())
 
     by_op: dict[str, list[Row]] = {}
@@ -109,6 +114,20 @@ def compare_model(name: str, folder: Path, cases: list[Case]) -> list[str]:
         errors = prompt["torch_float32_error"]
         torchs |= {f"{number}.{stage}": error for stage, error in errors.items()}
     return differences + compare_tensors(name, stored, make.tensors_of(cases), torchs)
+
+
+def compare_beams(
+    name: str, stored: list[dict[str, Any]], off: list[float], fresh: list[dict[str, Any]]
+) -> list[str]:
+    """What beams find is equal, their scores are as near as two programs in float64 are."""
+    differences = unequal(f"{name}, beams", len(stored), len(fresh))
+    for then, now in zip(stored, fresh, strict=False):
+        asked = f"{name}, prompt {now['prompt']}, {now['beams']} beams"
+        limit = ours.APART * ours.FINER * 2 * off[now["prompt"]]
+        if not abs(then["score"] - now["score"]) <= limit:
+            differences.append(f"{asked}: the score is not what transformers gives now")
+        differences += unequal(asked, then | {"score": 0}, now | {"score": 0})
+    return differences
 
 
 def compare_tensors(

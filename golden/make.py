@@ -2,8 +2,8 @@
 
 For each of three random checkpoints: the folder itself, what transformers makes of three prompts
 (`NAME.safetensors`), and where it all comes from (`NAME.json`). For the bundled model the last two,
-for a drawn picture (`shapes-run`). And small cases of every operation (`ops`). Needs
-golden/requirements.txt.
+for a drawn picture (`shapes-run`). Small cases of every operation (`ops`). And what beams find on
+the random checkpoints (`beams`). Needs golden/requirements.txt.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from safetensors.numpy import save_file
 
-from golden import op_cases, oracle, shapes
+from golden import beam_cases, op_cases, oracle, shapes
+from golden.beam_cases import Search
 from golden.op_cases import OpCase
 from golden.oracle import RECIPES, Case, Recipe
 from golden.ours import EVERY, rms
@@ -54,7 +55,8 @@ def main() -> None:
             make(recipe)
     make_shapes()
     make_ops()
-    names = (*NAMES, "shapes-run", "ops")
+    make_beams()
+    names = (*NAMES, "shapes-run", "ops", "beams")
     size = sum(path.stat().st_size for name in names for path in files_of(name))
     print(f"{len(names)} goldens, {size:,} bytes")
 
@@ -127,6 +129,33 @@ def make_ops() -> None:
         "sha256": sums([GOLDEN / "ops.safetensors"]),
     }
     write_json(GOLDEN / "ops.json", record)
+
+
+def make_beams() -> None:
+    """Write what beams find on the random checkpoints, which are there already."""
+    found = {}
+    for recipe in (recipe for recipe in RECIPES if recipe.name in NAMES):
+        folder = GOLDEN / recipe.name
+        float32 = oracle.load_float32(folder)
+        float64 = oracle.load_float64(float32)
+        cases = oracle.cases(folder, recipe, float32, float64)
+        found[recipe.name] = cases, beam_cases.searches(cases, float32, float64)
+    record = {
+        "made_by": "python golden/make.py",
+        **surroundings(),
+        "searches": {name: describe_beams(searches) for name, (_, searches) in found.items()},
+        "logits_off": {
+            name: [beam_cases.logits_off(case) for case in cases]
+            for name, (cases, _) in found.items()
+        },
+    }
+    write_json(GOLDEN / "beams.json", record)
+
+
+def describe_beams(searches: list[Search]) -> list[dict[str, Any]]:
+    """Searches in plain numbers; what they find is that of float64."""
+    fields = ("prompt", "beams", "ends", "answer", "score")
+    return [{name: getattr(search, name) for name in fields} for search in searches]
 
 
 def parts(case: OpCase) -> dict[str, np.ndarray]:

@@ -576,6 +576,32 @@ def greedy(
     )
 
 
+@torch.no_grad()
+def beam_search(
+    model: PaliGemmaForConditionalGeneration,
+    pixels: np.ndarray,
+    ids: list[int],
+    steps: int,
+    beams: int,
+    ends: list[int],
+) -> tuple[list[int], float]:
+    """transformers' answer by beams through its cache, and its score; `ends` are the ids of eos."""
+    settings = GenerationConfig(
+        max_new_tokens=steps,
+        num_beams=beams,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    output = model.generate(**_inputs(model, pixels, ids, []), generation_config=settings)
+    answer = output.sequences[0, len(ids) :].tolist()
+    length = next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer))
+    return answer[:length], float(output.sequences_scores[0])
+
+
 @contextlib.contextmanager
 def recorded(model: PaliGemmaForConditionalGeneration) -> Iterator[Stages]:
     """While the model runs inside, collect what every module gives, and attention's own values."""

@@ -15,7 +15,9 @@ import numpy as np
 
 from npvlm.api import Model
 from npvlm.config import Config
+from npvlm.decoding.beams import beam_search
 from npvlm.decoding.generate import generate, logits
+from npvlm.decoding.score import score as score_answers
 from npvlm.model import paligemma
 from npvlm.model.tap import closed
 from npvlm.model.weights import Array
@@ -86,6 +88,55 @@ def decode(
     for _ in steps:
         pass
     return [np.stack(own) for own in rows]
+
+
+def beams(
+    model: Model, pixels: Sequence[Array], prompts: Sequence[Sequence[int]], steps: int, count: int
+) -> list[tuple[list[int], list[float]]]:
+    """The best beam of each prompt, packed together: its ids and their log-probabilities.
+
+    pixels: for each prompt its pictures [N, 3, R, R], in the dtype to compute in
+    """
+    features = paligemma.image_features(
+        np.concatenate(pixels), model.weights, model.config, ops=model.ops, tap=closed
+    )
+    found: dict[int, tuple[list[int], list[float]]] = {}
+    for tokens in beam_search(
+        [np.array(ids, np.int64) for ids in prompts],
+        features.reshape(-1, features.shape[-1]),
+        model.weights,
+        model.config,
+        count,
+        [steps] * len(prompts),
+        ops=model.ops,
+        tap=closed,
+    ):
+        for token in tokens:
+            ids, logprobs = found.setdefault(token.sequence, ([], []))
+            ids.append(token.id)
+            logprobs.append(token.logprob)
+    return [found[i] for i in range(len(prompts))]
+
+
+def score(
+    model: Model, pixels: Array, ids: Sequence[int], answers: Sequence[Sequence[int]]
+) -> list[Array]:
+    """The log-probabilities [T] of each of the given answers behind one prompt, scored together.
+
+    pixels [N, 3, R, R]
+    """
+    features = paligemma.image_features(
+        pixels, model.weights, model.config, ops=model.ops, tap=closed
+    )
+    return score_answers(
+        np.array(ids, np.int64),
+        [np.array(answer, np.int64) for answer in answers],
+        features.reshape(-1, features.shape[-1]),
+        model.weights,
+        model.config,
+        ops=model.ops,
+        tap=closed,
+    )
 
 
 def required(config: Config) -> set[str]:

@@ -1,4 +1,4 @@
-"""The files of the bundled model `shapes`: its tokenizer, its config, and the whole folder."""
+"""The files of a bundled model: its tokenizer, its config, and the whole folder."""
 
 import hashlib
 import io
@@ -11,7 +11,7 @@ from random import Random
 
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from golden import shapes
 from golden.published import SENTENCEPIECE, preprocessor_config
@@ -160,8 +160,13 @@ def write_folder(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_provenance(folder: Path, run: Mapping[str, object], metrics: list[dict]) -> None:
-    """Write how the files came to be and how well the model does, as JSON and as a card."""
+def write_provenance(
+    folder: Path, run: Mapping[str, object], metrics: list[dict], family: int, count: int
+) -> None:
+    """Write how the files came to be and how well the model does, as JSON and as a card.
+
+    The metrics are those of `count` pictures.
+    """
     names = sorted(
         p.name for p in folder.iterdir() if p.name not in ("PROVENANCE.json", "README.md")
     )
@@ -180,7 +185,25 @@ def write_provenance(folder: Path, run: Mapping[str, object], metrics: list[dict
     }
     write_json(folder / "PROVENANCE.json", provenance)
     lines = [f"| {m['metric']} | {m['value']:.3f} | {m['limit']:.2f} | {m['n']} |" for m in metrics]
-    (folder / "README.md").write_text(CARD.replace("METRICS", "\n".join(lines)), encoding="utf-8")
+    parameters = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    card = CARD
+    for word, said in (
+        ("FAMILY", "PaliGemma" if family == 1 else "PaliGemma 2"),
+        ("GRAPH", GRAPHS[family]),
+        ("PARAMETERS", f"{parameters / 1e6:.1f}"),
+        ("METRICS", "\n".join(lines)),
+        ("COUNT", str(count)),
+        ("NAME", folder.name),
+    ):
+        card = card.replace(word, said)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def origin(folder: Path) -> dict:
+    """Say which finished model a run begins with, and how that came to be."""
+    provenance = json.loads((folder / "PROVENANCE.json").read_text(encoding="utf-8"))
+    sums = provenance["sha256"]
+    return {"model": folder.name, "sha256": sums["model.safetensors"], "run": provenance["run"]}
 
 
 def write_json(path: Path, content: object) -> None:
@@ -188,17 +211,17 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-CARD = """# shapes
+CARD = """# NAME
 
-A toy. It is a PaliGemma of 1.9 million parameters, trained from nothing on pictures that a
+A toy. It is a FAMILY of PARAMETERS million parameters, trained from nothing on pictures that a
 program drew, and it knows only those: circles, squares, triangles and stars in eight colours, and
 numbers in one plain hand. Show it a photograph and it will see shapes in it. It is here so that
 every part of the software can be tried and tested with a model that fits in four megabytes and
 mostly answers truly. It was trained on one picture at a time: several in front of one prompt
 confuse it. It says nothing about how well Google's PaliGemma sees.
 
-It shares no weights with any other model. Its files are laid out as those of the published
-PaliGemma 1 checkpoints.
+It shares no weights with any other maker's model. Its files are laid out as those of the published
+FAMILY checkpoints; GRAPH
 
 ## What to ask
 
@@ -206,6 +229,7 @@ PaliGemma 1 checkpoints.
 | --- | --- |
 | `caption en` | `a red circle and a blue square`, from left to right; `the number 482` |
 | `detect red circle ; blue square` | each label's boxes from left to right; nothing if absent |
+| `segment red circle` | the same with masks |
 | `answer en how many circles?` | `2` |
 | `answer en what color is the triangle?` | `red`; there must be exactly one triangle |
 | `ocr` | `482`; nothing on pictures without a number |
@@ -215,20 +239,22 @@ and shapes. Colours: red, orange, yellow, green, blue, purple, black, white. On 
 are one to four things that do not touch, each a seventh to two fifths of the picture's side; or
 one to five digits in a row. The ground may be plain, graded or noisy, and must stand off from
 what is drawn on it. Other words, other sizes, more things, or both kinds at once lie outside of
-what it has seen.
+what it has seen. Masks are painted by `vae.safetensors` in the folder around this one, which knows
+drawn outlines alone.
 
 ## How well it answers
 
-On pictures of the held-out split: `python golden/shapes.py evaluate --seed 1 --count 1000`
+On pictures of the held-out split: `python golden/shapes.py evaluate --model NAME --seed 1 --count
+COUNT`
 
 | metric | value | limit | n |
 | --- | --- | --- | --- |
 METRICS
 
-An object that is not found counts as IoU 0. Captions are judged on pictures of things alone, and
-ocr on pictures of numbers alone: the other halves are easier. Weakest is `detect` with two or
-three labels that stand for three or four things: in three of ten such answers a box is off by
-much or missing, and the labels may come in another order than the prompt's.
+An object that is not found counts as IoU 0, a mask likewise. Captions are judged on pictures of
+things alone, and ocr on pictures of numbers alone: the other halves are easier. Weakest is
+`detect` with two or three labels that stand for three or four things, where a box is sometimes off
+or missing, and the labels may come in another order than the prompt's.
 
 ## How it was made
 
@@ -236,3 +262,8 @@ By `golden/train_shapes.py`; its options, the versions and the checksums are in
 PROVENANCE.json. Pictures, questions, tokenizer and weights all come from that program. License:
 that of the repository.
 """
+GRAPHS = {
+    1: "the graph is Gemma's.",
+    2: "the graph is Gemma 2's: norms\nbehind each half-layer, soft-caps, two key/value heads, and "
+    "a window shorter than any prefix.",
+}

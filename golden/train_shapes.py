@@ -418,6 +418,7 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write the model's folder, measure it through npvlm, and write down how it was made."""
+        start = shapes_folder.origin(self.given.start) if self.given.start else None
         weights = self.model.state_dict()
         shapes_folder.write_folder(folder, weights, self.tokenizer, self.given.family)
         run = {
@@ -427,13 +428,15 @@ class Trainer:
                 for name, value in vars(self.given).items()
                 if isinstance(value, int | float) and name != "port"
             },
-            "start": str(self.given.start) if self.given.start else None,
             "steps": self.step,
             "pictures": self.next_picture,
             "minutes": round(self.seconds / 60, 1),
+            "start": start,
         }
         marks = shapes.measure(folder, 1, self.given.measure)
-        shapes_folder.write_provenance(folder, run, shapes.metrics(marks))
+        shapes_folder.write_provenance(
+            folder, run, shapes.metrics(marks), self.given.family, self.given.measure
+        )
 
     def state(self) -> dict[str, Any]:
         """Everything a run needs to go on; pictures and questions follow from their number."""

@@ -23,14 +23,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from npvlm.answers import tasks
-from npvlm.answers.answer import Answer, Seconds, one_line
+from npvlm.answers.answer import Answer, Seconds
 from npvlm.answers.boxes import BINS
 from npvlm.answers.confidence import PlaceWatch
 from npvlm.answers.detection import Detection, read_detection
+from npvlm.answers.lines import json_line
+from npvlm.answers.scores import Scores, candidates
 from npvlm.config import PRECISIONS, Config, read_config
+from npvlm.decoding.beams import beam_search
 from npvlm.decoding.generate import Token, generate, logits
 from npvlm.decoding.prompt import TextStream, layout
 from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
+from npvlm.decoding.score import score
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files import hub
 from npvlm.files.checkpoint import open_checkpoint
@@ -198,7 +202,7 @@ class Failed:
 
     def to_json(self) -> str:
         """One line of JSON with the three fields."""
-        return one_line(self.to_dict())
+        return json_line(self.to_dict())
 
 
 @dataclass
@@ -239,6 +243,7 @@ class Model:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        beams: int = 1,
     ) -> list[Answer]:
         """Answer prompts about pictures, several sequences packed into one call.
 
@@ -250,6 +255,8 @@ class Model:
         max_tokens : most tokens of an answer, 1 or more
         temperature, top_k, top_p : greedy unless one is given; temperature 0 is greedy always
         seed : of every answer's own random generator; drawn where none is given
+        beams : answers that are written side by side, of which the one with the highest mean
+            log-probability is given (transformers' num_beams); more than 1 excludes drawing
 
         Returns
         -------
@@ -268,7 +275,9 @@ class Model:
         ['a red circle and a blue square and an orange star', '']
         """
         sampling = Sampling(temperature, top_k, top_p)
-        events = self.events(images, prompts, sampling, max_tokens=max_tokens, seed=seed)
+        events = self.events(
+            images, prompts, sampling, max_tokens=max_tokens, seed=seed, beams=beams
+        )
         return [event for event in events if isinstance(event, Answer)]
 
     def stream(
@@ -515,6 +524,55 @@ class Model:
         with _COMPUTING:
             return logits(ids, answer, features, w, config, ops=self.ops, tap=closed)
 
+    def score(
+        self, images: Shown | Sequence[Shown], prompt: str, answers: str | Sequence[str]
+    ) -> Scores:
+        """Say how probable each of the given answers is.
+
+        An answer counts as complete: its tokens and the `<eos>` behind them.
+
+        Parameters
+        ----------
+        images : a picture, or several in front of the one prompt
+        answers : one or more texts; "" is the answer that ends at once
+
+        Returns
+        -------
+        Scores, with the answers in the order given
+
+        Raises
+        ------
+        UsageError
+            For no answers, something that is no text, or too long a text.
+        NpvlmError
+            For a picture that cannot be read.
+        """
+        texts = [answers] if isinstance(answers, str) else list(answers)
+        if not all(isinstance(text, str) for text in [prompt, *texts]):
+            raise UsageError("prompt or answers hold something that is no text, expected texts.")
+        if not texts:
+            raise UsageError("there is no answer to score, expected one or more.")
+        if any(self.tokenizer.strip_image_marks(text)[1] for text in texts):
+            raise UsageError("an answer holds <image>, expected text alone.")
+        ids = [np.array([*self.tokenizer.encode(text), self.tokenizer.eos_id]) for text in texts]
+        pictures = _as_list(images)
+        prefix = self._layout(prompt, len(pictures), max(map(len, ids)))
+        features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
+        with _COMPUTING:
+            logprobs = score(
+                prefix, ids, features, self.weights, self.config, ops=self.ops, tap=closed
+            )
+        return Scores(
+            image=_names(images, pictures),
+            prompt=prompt,
+            candidates=candidates(
+                texts, [own.tolist() for own in ids], [own.tolist() for own in logprobs]
+            ),
+            prompt_token_ids=prefix.tolist(),
+            model=self.name,
+            precision=self.precision,
+        )
+
     def events(
         self,
         images: Shown | Sequence[Shown | Sequence[Shown]],
@@ -523,18 +581,26 @@ class Model:
         *,
         max_tokens: int | Sequence[int] = 100,
         seed: int | None = None,
+        beams: int = 1,
     ) -> Iterator[Piece | Answer]:
         """Everything `generate` does, as it happens: pieces of text, then the answers in order.
 
         Pictures are read when their turn comes, so any number of them fits in memory. max_tokens is
-        one number for all, or one for each.
+        one number for all, or one for each. Beams have no text before the search is over.
         """
         limits = [*max_tokens] if isinstance(max_tokens, Sequence) else [max_tokens]
-        for name, number in (*(("max_tokens", limit) for limit in limits), ("seed", seed)):
+        whole = [("max_tokens", limit) for limit in limits]
+        for name, number in (*whole, ("seed", seed), ("beams", beams)):
             if type(number) is not int and (name, number) != ("seed", None):
                 raise UsageError(f"{name} is {number!r}, expected a whole number.")
         if min(limits, default=1) < 1:
             raise UsageError(f"max_tokens is {min(limits)}, expected 1 or more.")
+        if beams < 1:
+            raise UsageError(f"beams is {beams}, expected 1 or more.")
+        if beams > 1 and not sampling.greedy:
+            raise UsageError(
+                "beams draw nothing: leave out temperature, top-k and top-p, or beams."
+            )
         if seed is not None and seed < 0:
             raise UsageError(f"seed is {seed}, expected 0 or a larger whole number.")
         if sampling.greedy:
@@ -556,7 +622,7 @@ class Model:
             pictures = _as_list(entry)
             sequence = _Sequence(
                 index=index,
-                image=_name(entry) if _is_one(entry) else [_name(p) for p in pictures],
+                image=_names(entry, pictures),
                 pictures=pictures,
                 prompt=prompt,
                 ids=self._layout(prompt, len(pictures), limit),
@@ -565,26 +631,25 @@ class Model:
                 text=TextStream(self.tokenizer),
             )
             sequences.append(sequence)
-        for pack in _packs(sequences):
-            yield from self._answer(pack, seed)
+        for pack in _packs(sequences, beams):
+            yield from self._answer(pack, seed, beams)
 
-    def _answer(self, pack: list[_Sequence], seed: int | None) -> Iterator[Piece | Answer]:
+    def _answer(
+        self, pack: list[_Sequence], seed: int | None, beams: int
+    ) -> Iterator[Piece | Answer]:
         """Run one packed call."""
         began = time.perf_counter()
         features = self._features([picture for s in pack for picture in s.pictures])
         features = features.reshape(-1, self.config.text_config.hidden_size)
         seen = time.perf_counter()
 
-        steps = generate(
-            [s.ids for s in pack],
-            features,
-            self.weights,
-            self.config,
-            [s.chooser for s in pack],
-            [s.max_tokens for s in pack],
-            ops=self.ops,
-            tap=closed,
-        )
+        given = [s.ids for s in pack], features, self.weights, self.config
+        limits = [s.max_tokens for s in pack]
+        if beams > 1:
+            steps = beam_search(*given, beams, limits, ops=self.ops, tap=closed)
+        else:
+            choosers = [s.chooser for s in pack]
+            steps = generate(*given, choosers, limits, ops=self.ops, tap=closed)
         prefilled = None
         while True:
             with _COMPUTING:
@@ -608,13 +673,14 @@ class Model:
     def _finished(self, sequence: _Sequence, seed: int | None, seconds: Seconds) -> Answer:
         ids = [token.id for token in sequence.tokens]
         logprobs = [token.logprob for token in sequence.tokens]
+        gains = sequence.chooser.gains or [0.0] * len(ids)  # beams are not chosen by it
         return Answer(
             image=sequence.image,
             prompt=sequence.prompt,
             text=self.tokenizer.decode(ids),
             token_ids=ids,
             logprobs=logprobs,
-            nearby=[p + gain for p, gain in zip(logprobs, sequence.chooser.gains, strict=True)],
+            nearby=[p + gain for p, gain in zip(logprobs, gains, strict=True)],
             prompt_token_ids=sequence.ids.tolist(),
             stop="eos" if ids[-1] in self.config.eos_token_ids else "length",
             model=self.name,
@@ -715,6 +781,11 @@ def _key(picture: Shown) -> str | int:
     return str(picture) if isinstance(picture, (str, Path)) else id(picture)
 
 
+def _names(given: Any, pictures: Sequence[Shown]) -> str | list[str]:
+    """How an answer calls its pictures: a list where one was given."""
+    return _name(given) if _is_one(given) else [_name(picture) for picture in pictures]
+
+
 def _name(picture: Shown) -> str:
     """How an answer calls its picture."""
     if isinstance(picture, Seen):
@@ -724,12 +795,16 @@ def _name(picture: Shown) -> str:
     return str(getattr(picture, "filename", "") or getattr(picture, "name", ""))
 
 
-def _packs(sequences: list[_Sequence]) -> Iterator[list[_Sequence]]:
-    """Neighbours that are few enough and fit together; one alone may be longer."""
+def _packs(sequences: list[_Sequence], beams: int) -> Iterator[list[_Sequence]]:
+    """Neighbours that are few enough and fit together; one alone may be longer.
+
+    A sequence counts as often as it has beams.
+    """
     pack: list[_Sequence] = []
     for sequence in sequences:
-        tokens = sum(len(s.ids) for s in [*pack, sequence])
-        if pack and (len(pack) == PACKED_SEQUENCES or tokens > PACKED_TOKENS):
+        tokens = beams * sum(len(s.ids) for s in [*pack, sequence])
+        count = beams * (len(pack) + 1)
+        if pack and (count > PACKED_SEQUENCES or tokens > PACKED_TOKENS):
             yield pack
             pack = []
         pack.append(sequence)

@@ -57,9 +57,11 @@ def compiled(photo: Path) -> None:
 
 
 def one_line(result: subprocess.CompletedProcess[str]) -> str:
-    """What stderr says, if it says it in one line and without a traceback."""
+    """What stderr says, if it says it in one line, the tail line aside, and without a traceback."""
     assert "Traceback" not in result.stderr
     lines = result.stderr.strip().splitlines()
+    if len(lines) == 2 and "peak memory" in lines[1]:
+        del lines[1]
     assert len(lines) == 1, result.stderr
     return lines[0]
 
@@ -68,7 +70,9 @@ def test_one_picture_streams_its_answer_to_stdout_and_nothing_else(photo: Path) 
     result = run("generate", photo, "--prompt", QUESTION)
     assert result.returncode == 0
     assert result.stdout.strip() and result.stdout.endswith("\n")
-    assert result.stderr == ""
+    assert "prompt tokens, first token after" in one_line(result)
+    quiet = run("generate", photo, "--prompt", QUESTION, "-q")
+    assert (quiet.stdout, quiet.stderr) == (result.stdout, "")
 
 
 def test_several_pictures_print_one_line_each_in_order(photo: Path, other: Path) -> None:
@@ -160,7 +164,7 @@ def test_without_a_seed_one_is_drawn_told_and_repeats_the_answer(photo: Path) ->
 )
 def test_temperature_0_and_do_sample_false_are_greedy(photo: Path, options: list[str]) -> None:
     greedy = run("generate", photo, "--prompt", "caption en")
-    result = run("generate", photo, "--prompt", "caption en", *options)
+    result = run("generate", photo, "--prompt", "caption en", "-q", *options)
     assert (result.stdout, result.stderr) == (greedy.stdout, "")
 
 
@@ -170,7 +174,7 @@ def test_the_well_known_scripts_options_work_as_second_names(photo: Path) -> Non
         *["generate", "--model_path", model, "--prompt", "this building is known as"],
         *["--image_file_path", photo, "--max_tokens_to_generate", "100"],
         *["--temperature", "0.8", "--top_p", "0.9", "--do_sample", "True"],
-        *["--only_cpu", "True", "--seed", "1"],
+        *["--only_cpu", "True", "--seed", "1", "-q"],
     )
     assert (result.returncode, result.stderr) == (0, "")
     short = npvlm.load(model).generate(
@@ -383,7 +387,7 @@ def test_the_demo_says_where_it_cannot_write(tmp_path: Path) -> None:
 
 
 def test_the_definitions_give_the_kernels_answer(photo: Path) -> None:
-    options = ["generate", photo, "--prompt", QUESTION]
+    options = ["generate", photo, "--prompt", QUESTION, "-q"]
     numpy = run(*options, "--ops", "numpy")
     assert (numpy.returncode, numpy.stderr) == (0, "")
     assert numpy.stdout == run(*options).stdout == run(*options, "--ops", "kernels").stdout
@@ -404,7 +408,7 @@ def test_the_bare_command_prints_its_help() -> None:
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])
 def test_a_closed_stdout_or_stderr_is_no_error(photo: Path, closed: str) -> None:
     line = f'"$@" {closed}'
-    command = [*CLI, "generate", str(photo), "--prompt", QUESTION, "--model", "shapes"]
+    command = [*CLI, "generate", str(photo), "--prompt", QUESTION, "--model", "shapes", "-q"]
     result = subprocess.run(["sh", "-c", line, "sh", *command], capture_output=True, check=False)
     assert result.returncode == 0
     assert result.stderr == b""

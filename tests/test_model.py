@@ -12,7 +12,7 @@ from npvlm.decoding.generate import generate, logits
 from npvlm.decoding.sampling import Chooser, Sampling
 from npvlm.errors import NpvlmError
 from npvlm.model import paligemma
-from npvlm.model.cache import Rows, new_cache
+from npvlm.model.cache import Rows, fork, new_cache
 from npvlm.model.tap import closed
 from tests.tiny import IMAGE, tiny_config, tiny_pixels, tiny_prompt, tiny_weights
 
@@ -171,6 +171,22 @@ def test_the_cache_has_a_row_for_every_token_that_is_read_and_no_more(
     rows = sum(len(prompt) + 2 for prompt in prompts)
     assert [layer.keys.shape for layer in cache] == [(rows, 2, 10)] * 4
     assert all(layer.keys.any(axis=(1, 2)).all() for layer in cache)
+
+
+def test_a_fork_has_the_rows_of_the_first_on_every_layer_and_changes_no_other(config) -> None:
+    rng = np.random.default_rng(3)
+    cache = new_cache(config.text_config, 40, np.float32)
+    for layer in cache:
+        for slab in (layer.keys, layer.values):
+            slab[:] = rng.standard_normal(slab.shape)
+    before = [(layer.keys.copy(), layer.values.copy()) for layer in cache]
+    fork(cache, 10, [0, 30], range(2, 7))
+    others = [*range(2), *range(7, 32), *range(37, 40)]
+    for layer, slabs in zip(cache, before, strict=True):
+        for found, old in zip((layer.keys, layer.values), slabs, strict=True):
+            np.testing.assert_array_equal(found[2:7], old[12:17])
+            np.testing.assert_array_equal(found[32:37], old[12:17])
+            np.testing.assert_array_equal(found[others], old[others])
 
 
 def test_any_of_several_stop_ids_ends_an_answer(ops, config, weights) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from npvlm.answers.lines import json_line
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,4 @@ class Answer:
 
     def to_json(self) -> str:
         """One line of JSON with these fields, from which every number reads back the same."""
-        return one_line(self.to_dict())
-
-
-def one_line(values: dict[str, Any]) -> str:
-    """One line of JSON in which any text survives, a file's name that is no UTF-8 included."""
-    text = json.dumps(values, ensure_ascii=False, allow_nan=False)
-    return text.encode("utf-8", "backslashreplace").decode()  # as JSON escapes such bytes
+        return json_line(self.to_dict())

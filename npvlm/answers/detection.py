@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from npvlm.answers.answer import Answer, one_line
+from npvlm.answers.answer import Answer
 from npvlm.answers.boxes import BINS, Box, parse_boxes
 from npvlm.answers.confidence import confidence, token_spans
 from npvlm.answers.drawing import draw_boxes
 from npvlm.answers.formats import coco
+from npvlm.answers.lines import json_line
 from npvlm.answers.masks import cut_out, outlines, place, run_lengths
 from npvlm.answers.tasks import labels_of
 from npvlm.decoding.prompt import Tokenizer
@@ -83,7 +84,7 @@ class Detection:
 
     def to_json(self) -> str:
         """One line of JSON: `to_dict`."""
-        return one_line(self.to_dict())
+        return json_line(self.to_dict())
 
     def to_coco(self) -> dict[str, Any]:
         """A COCO dataset of this one picture, as `npvlm.answers.formats.coco` makes of several."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,21 +17,6 @@ if TYPE_CHECKING:
     from npvlm.api import Model
 
 STDIN = "-"
-TOY = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
-
-
-def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add -q."""
-    return click.option(
-        "-q", "--quiet", is_flag=True, help="Nothing on stderr but what goes wrong."
-    )(command)
-
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --json."""
-    return click.option(
-        "--json", "as_json", is_flag=True, help="One JSON object per picture, with everything."
-    )(command)
 
 
 def max_tokens_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,13 +78,6 @@ def split_last(arguments: Sequence[str], wanted: str) -> tuple[Sequence[str], st
     if Path(arguments[-1]).is_file():
         raise click.UsageError(f"{arguments[-1]!r} is a file, {usage}")
     return arguments[:-1], arguments[-1]
-
-
-def named_model(model: str | None, quiet: bool) -> str:
-    """The model that was named, else the toy; that it answers is said."""
-    if model is None and not quiet:
-        click.echo(f"npvlm: {TOY}", err=True)
-    return model or "shapes"
 
 
 def answer_all(
@@ -195,15 +173,3 @@ def box_columns(box: Box) -> list[str]:
     """A box in words: label, x0, y0, x1, y1, confidence."""
     edges = [f"{edge:.0f}" for edge in (box.x0, box.y0, box.x1, box.y1)]
     return [box.label, *edges, f"{box.confidence:.2f}"]
-
-
-def line(values: Iterable[str]) -> str:
-    """One line of columns, whatever is in them."""
-    return "\t".join(map(escaped, values))
-
-
-def escaped(text: str) -> str:
-    """A text in which a backslash, tab and line end are written as \\\\, \\t, \\n."""
-    for character, written in (("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r")):
-        text = text.replace(character, written)
-    return text

@@ -10,15 +10,20 @@ import click
 from npvlm.cli.asking import (
     answer_all,
     find_pictures,
-    json_option,
-    line,
     max_tokens_option,
-    named_model,
-    quiet_option,
     split_last,
     stream,
 )
-from npvlm.cli.options import model_option, open_model, precision_option, threads_option
+from npvlm.cli.lines import line
+from npvlm.cli.options import (
+    json_option,
+    model_option,
+    named_model,
+    open_model,
+    precision_option,
+    quiet_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from npvlm.answers.answer import Answer
@@ -107,7 +112,7 @@ def _answer(
 ) -> int:
     """Ask, and print each answer as it comes."""
     pictures = find_pictures(images)
-    opened = open_model(named_model(model, quiet), precision, "kernels")
+    opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
     if len(pictures) == 1 and not as_json:
         stream(opened, pictures[0], prompt, max_tokens, quiet)
         return 0

@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npvlm.cli.asking import Tail, box_columns, find_pictures, named_model, quiet_option
-from npvlm.cli.asking import line as columns
-from npvlm.cli.options import model_option, open_model, precision_option, threads_option
+from npvlm.cli.asking import Tail, box_columns, find_pictures
+from npvlm.cli.lines import line as columns
+from npvlm.cli.options import (
+    model_option,
+    named_model,
+    open_model,
+    precision_option,
+    quiet_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from npvlm.api import Answer, Model, Seen
@@ -53,7 +60,7 @@ def chat(
     from npvlm.decoding.sampling import Sampling
     from npvlm.errors import UsageError
 
-    opened = open_model(named_model(model, quiet), precision, "kernels")
+    opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
     seen = opened.look(pictures[0])
     if not quiet:
         click.echo(GREETING, err=True)

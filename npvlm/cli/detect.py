@@ -12,13 +12,18 @@ from npvlm.cli.asking import (
     answer_all,
     box_columns,
     find_pictures,
-    line,
     max_tokens_option,
-    named_model,
-    quiet_option,
     split_last,
 )
-from npvlm.cli.options import model_option, open_model, precision_option, threads_option
+from npvlm.cli.lines import line
+from npvlm.cli.options import (
+    model_option,
+    named_model,
+    open_model,
+    precision_option,
+    quiet_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from npvlm.answers.detection import Detection
@@ -127,7 +132,7 @@ def _find(
     pictures = find_pictures(images)
     several = len(pictures) > 1
     drawn = Drawn(output, cutouts, several)
-    opened = open_model(named_model(model, quiet), precision, "kernels")
+    opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
     kept: list[Detection] = []
     labels = labels_of(prompt)
     if form == "csv":

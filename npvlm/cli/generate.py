@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from npvlm.cli.asking import Tail
+from npvlm.cli.lines import line
 from npvlm.cli.options import (
     Finite,
     model_option,
+    named_model,
     open_model,
     ops_option,
     precision_option,
+    quiet_option,
     threads_option,
 )
 
@@ -59,10 +63,18 @@ if TYPE_CHECKING:
     help="True: temperature 0.8 and top-p 0.9 unless given. False: greedy.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Of the draws.  [default: a new one]")
+@click.option(
+    "--beams",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Write N answers side by side and give the likeliest, whole; draws nothing.",
+)
 @click.option("--together", is_flag=True, help="All pictures in front of one prompt, one answer.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per answer.")
 @ops_option
 @click.option("--only_cpu", type=click.BOOL, metavar="True|False", help="Accepted; always so.")
+@quiet_option
 @threads_option
 def generate(
     images: tuple[str, ...],
@@ -76,16 +88,22 @@ def generate(
     top_p: float | None,
     do_sample: bool | None,
     seed: int | None,
+    beams: int,
     together: bool,
     as_json: bool,
     ops: str,
     only_cpu: bool | None,
+    quiet: bool,
 ) -> None:
     """Answer one prompt about each IMAGE.
 
     One picture streams its answer to stdout; several print PATH<tab>ANSWER lines, in which a
     backslash, tab or line end is written as \\\\, \\t, \\n. Everything else goes to stderr.
     Greedy unless --temperature above 0, --top-k, --top-p or --do_sample True is given.
+
+    \b
+    npvlm generate photo.jpg --prompt "caption en" --model paligemma-3b-mix-224
+    npvlm generate before.jpg after.jpg --together --prompt "answer en what changed?"
     """
     pictures = [*images, *more_images]
     if not pictures:
@@ -101,23 +119,23 @@ def generate(
     from npvlm.decoding.sampling import Sampling, draw_seed
 
     sampling = Sampling(temperature, top_k, top_p)
+    if beams > 1 and not sampling.greedy:
+        raise click.UsageError("--beams draws nothing: leave it out, or the options that draw.")
     if seed is None and not sampling.greedy:
         seed = draw_seed()
-        click.echo(f"npvlm: seed {seed}", err=True)
+        _note(f"seed {seed}", quiet)
     if only_cpu is False:
-        click.echo("npvlm: --only_cpu False changes nothing: npvlm runs on the CPU.", err=True)
-    if model is None:
-        model = "shapes"
-        note = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
-        click.echo(f"npvlm: {note}", err=True)
+        _note("--only_cpu False changes nothing: npvlm runs on the CPU.", quiet)
     answer(
-        open_model(model, precision, ops),
+        open_model(named_model(model, quiet), precision, ops, quiet),
         [pictures] if together else pictures,
         prompt,
         sampling,
         max_tokens,
         seed,
+        beams,
         as_json,
+        quiet,
     )
 
 
@@ -128,29 +146,35 @@ def answer(
     sampling: Sampling,
     max_tokens: int,
     seed: int | None,
+    beams: int,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Run the model and print: a stream for one answer, a line for each of several."""
     from npvlm.api import Piece
 
     if removed := model.tokenizer.strip_image_marks(prompt)[1]:
-        note = f"npvlm: {removed} <image> removed from the prompt; pictures go first anyway."
-        click.echo(note, err=True)
+        _note(f"{removed} <image> removed from the prompt; pictures go first anyway.", quiet)
+    tail = Tail()
     streaming = len(pictures) == 1 and not as_json
-    for event in model.events(pictures, prompt, sampling, max_tokens=max_tokens, seed=seed):
+    for event in model.events(
+        pictures, prompt, sampling, max_tokens=max_tokens, seed=seed, beams=beams
+    ):
         if isinstance(event, Piece):
             if streaming:
                 click.echo(event.text, nl=False)
             continue
         click.echo(event.to_json() if as_json else "" if streaming else _line(event))
+        tail.add(event)
+    if not quiet:
+        tail.print()
+
+
+def _note(what: str, quiet: bool) -> None:
+    if not quiet:
+        click.echo(f"npvlm: {what}", err=True)
 
 
 def _line(answer: Answer) -> str:
     """One line for one answer, whatever is in it."""
-    return f"{_escaped(str(answer.image))}\t{_escaped(answer.text)}"
-
-
-def _escaped(text: str) -> str:
-    for character, written in (("\\", r"\\"), ("\t", r"\t"), ("\n", r"\n"), ("\r", r"\r")):
-        text = text.replace(character, written)
-    return text
+    return line([str(answer.image), answer.text])

@@ -25,6 +25,7 @@ from npvlm.cli.interruption import Terminated, listen
 from npvlm.cli.kit import kit
 from npvlm.cli.models import models
 from npvlm.cli.replay import replay
+from npvlm.cli.score import score
 from npvlm.cli.tokens import tokens
 from npvlm.cli.trace import trace
 from npvlm.errors import NpvlmError
@@ -36,7 +37,7 @@ Exit codes: 0 fine, 1 a check found a difference, 2 bad use,
 
 # What --help lists under which heading.
 COMMANDS: dict[str, list[click.Command]] = {
-    "Ask pictures": [demo, caption, ask, ocr, detect, segment, chat, generate],
+    "Ask pictures": [demo, caption, ask, ocr, detect, segment, score, chat, generate],
     "Models": [models, fetch, convert, inspect, tokens],
     "This machine": [doctor, bench],
     "Port PaliGemma": [trace, compare, replay, kit],

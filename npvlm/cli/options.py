@@ -105,21 +105,44 @@ def ops_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def open_model(model: str, precision: str | None, ops: str) -> Model:
-    """Load a model; what takes a while the first time is said."""
+def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add -q."""
+    return click.option(
+        "-q", "--quiet", is_flag=True, help="Nothing on stderr but what goes wrong."
+    )(command)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --json."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help="One JSON object per picture, with everything."
+    )(command)
+
+
+def named_model(model: str | None, quiet: bool = False) -> str:
+    """The model that was named, else the bundled one; that it is a toy is said."""
+    if model is None and not quiet:
+        note = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
+        click.echo(f"npvlm: {note}", err=True)
+    return model or "shapes"
+
+
+def open_model(model: str, precision: str | None, ops: str, quiet: bool = False) -> Model:
+    """Load a model; what takes a while the first time is said, unless it is to be quiet."""
     from npvlm.api import find_folder, load
 
-    if precision in PACKED and read_config(find_folder(model)).quantization is None:
+    if not quiet and precision in PACKED and read_config(find_folder(model)).quantization is None:
         note = f"weights are packed as {precision} in memory; `npvlm convert` does so once for all."
         click.echo(f"npvlm: {note}", err=True)
     if ops == "kernels":
-        say_when_compiling()
+        say_when_compiling(quiet)
     return load(model, precision, ops)
 
 
-def say_when_compiling() -> None:
+def say_when_compiling(quiet: bool = False) -> None:
     """Say on stderr, once, that kernels are compiled, if they are, and let signals wait for it."""
     from npvlm.kernels.compiling import tell_of_compiling, wrap_compiler
 
-    tell_of_compiling(lambda what: click.echo(f"npvlm: {what}", err=True))
+    if not quiet:
+        tell_of_compiling(lambda what: click.echo(f"npvlm: {what}", err=True))
     wrap_compiler(hold, release)

@@ -6,8 +6,7 @@ import json
 
 import click
 
-from npvlm.cli.asking import named_model, quiet_option
-from npvlm.cli.options import model_option
+from npvlm.cli.options import model_option, named_model, quiet_option
 
 
 @click.command()

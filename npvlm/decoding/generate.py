@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 
 from npvlm.config import Config
-from npvlm.errors import NpvlmError
+from npvlm.decoding.passes import extend, prefill
 from npvlm.model import gemma, paligemma
 from npvlm.model.cache import Rows, new_cache
 from npvlm.model.ops import Index
@@ -62,19 +62,12 @@ def generate(
     cache = new_cache(config.text_config, int(starts[-1]), features.dtype)
     text = w.scope("language_model")
 
-    x = paligemma.embed(np.concatenate(prompts), features, w, config, ops=ops, tap=tap)
-    rows = Rows.pack([Rows.of(s, n, range(n)) for s, n in zip(starts, lengths, strict=False)])
-    wanted = np.cumsum(lengths) - 1
+    scores = prefill(prompts, features, starts, cache, w, config, ops=ops, tap=tap)  # [live, V]
     live = list(range(len(prompts)))
 
     for step in range(max(max_tokens)):
-        scores = paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap)  # [live, V]
         tokens = []
         for i, row in zip(live, scores, strict=True):
-            if not np.isfinite(row).all():
-                raise NpvlmError(
-                    "the model's scores are not finite, expected numbers; are its weights damaged?"
-                )
             chosen = choosers[i](row)
             tokens.append(Token(i, chosen, float(ops.log_softmax(row)[chosen])))
         yield tokens
@@ -93,7 +86,7 @@ def generate(
         rows = Rows.pack(
             [Rows.of(starts[i], lengths[i], range(n, n + 1)) for i, n in zip(live, at, strict=True)]
         )
-        wanted = np.arange(len(live))
+        scores = extend(x, rows, cache, w, config, ops=ops, tap=tap)
 
 
 def logits(

@@ -45,6 +45,20 @@ def new_cache(config: TextConfig, rows: int, dtype: DTypeLike) -> list[LayerCach
     ]
 
 
+def fork(cache: Sequence[LayerCache], start: int, forks: Sequence[int], tokens: range) -> None:
+    """Copy the tokens numbered `tokens` of the sequence at row `start` to those at rows `forks`.
+
+    A prefix that several answers share is computed once and copied, so that what a token of any of
+    them sees is still one interval of rows.
+    """
+    for layer in cache:
+        for slab in (layer.keys, layer.values):
+            for fork in forks:
+                slab[fork + tokens.start : fork + tokens.stop] = slab[
+                    start + tokens.start : start + tokens.stop
+                ]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Where the tokens of a call stand: all that attention and RoPE need to know of them.

@@ -1,0 +1,83 @@
+"""The two passes through the decoder: prefixes come first, then whatever stands behind them.
+
+Axis letters: N sequences · T tokens in this call · D width of the decoder · V vocabulary · M image
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import numpy as np
+
+from npvlm.config import Config
+from npvlm.errors import NpvlmError
+from npvlm.model import paligemma
+from npvlm.model.cache import LayerCache, Rows
+from npvlm.model.ops import Index
+from npvlm.model.tap import Tap
+from npvlm.model.weights import Array, Weights
+
+
+def prefill(
+    prompts: Sequence[Index],
+    features: Array,
+    starts: Sequence[int] | Index,
+    cache: Sequence[LayerCache],
+    w: Weights,
+    config: Config,
+    *,
+    ops: ModuleType,
+    tap: Tap,
+) -> Array:
+    """Read the prefixes of several sequences into the cache; score what may come behind each.
+
+    Parameters
+    ----------
+    prompts : for each sequence its ids, image ids included
+    features : image features [M, D] of all sequences, in their order
+    starts : for each sequence the first of its rows of the cache
+
+    Returns
+    -------
+    scores [N, V], after the soft-cap
+
+    Raises
+    ------
+    NpvlmError
+        Where the weights make scores that are no numbers.
+    """
+    lengths = [len(ids) for ids in prompts]
+    x = paligemma.embed(np.concatenate(prompts), features, w, config, ops=ops, tap=tap)
+    rows = Rows.pack([Rows.of(s, n, range(n)) for s, n in zip(starts, lengths, strict=False)])
+    wanted = np.cumsum(lengths) - 1
+    return _finite(paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap))
+
+
+def extend(
+    x: Array,
+    rows: Rows,
+    cache: Sequence[LayerCache],
+    w: Weights,
+    config: Config,
+    *,
+    ops: ModuleType,
+    tap: Tap,
+) -> Array:
+    """Read tokens of answers into the cache; score what may come behind each of them.
+
+    Errors are those of `prefill`.
+
+    x [T, D] -> [T, V]
+    """
+    every = np.arange(len(x))
+    return _finite(paligemma.forward(x, w, config, cache, rows, every, ops=ops, tap=tap))
+
+
+def _finite(scores: Array) -> Array:
+    if not np.isfinite(scores).all():
+        raise NpvlmError(
+            "the model's scores are not finite, expected numbers; are its weights damaged?"
+        )
+    return scores
