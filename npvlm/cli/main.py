@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from npvlm import __version__
+from npvlm.cli.batch import batch
 from npvlm.cli.bench import bench
 from npvlm.cli.compare import compare
 from npvlm.cli.convert import convert
@@ -34,6 +35,7 @@ def npvlm() -> None:
     \b
     npvlm demo                                     see it work in seconds
     npvlm generate photo.jpg --prompt "caption en" --model FOLDER
+    npvlm batch photos/ --task caption -o captions.jsonl
     npvlm convert FOLDER SMALLER --precision int8
     npvlm bench --synthetic paligemma-3b-224       how fast is this machine?
     npvlm trace photo.jpg --prompt "caption en"    every stage from picture to token
@@ -42,6 +44,7 @@ def npvlm() -> None:
     """
 
 
+npvlm.add_command(batch)
 npvlm.add_command(bench)
 npvlm.add_command(compare)
 npvlm.add_command(convert)
