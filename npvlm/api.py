@@ -442,6 +442,8 @@ class Model:
         def prepare(image: Shown, prompt: str) -> Failed | tuple[Seen, str]:
             try:
                 self._layout(prompt, 1, max_tokens or tasks.max_tokens(prompt))
+                if tasks.task_of(prompt) in ("detect", "segment"):
+                    tasks.labels_of(prompt)  # that there is none is found before the work
                 return self.prepare(image), prompt
             except NpvlmError as error:
                 return Failed(_name(image), prompt, str(error))

@@ -10,6 +10,7 @@ from typing import NoReturn
 import click
 
 from npvlm import __version__
+from npvlm.cli.batch import batch
 from npvlm.cli.bench import bench
 from npvlm.cli.caption import ask, caption, ocr
 from npvlm.cli.chat import chat
@@ -37,7 +38,7 @@ Exit codes: 0 fine, 1 a check found a difference, 2 bad use,
 
 # What --help lists under which heading.
 COMMANDS: dict[str, list[click.Command]] = {
-    "Ask pictures": [demo, caption, ask, ocr, detect, segment, score, chat, generate],
+    "Ask pictures": [demo, caption, ask, ocr, detect, segment, score, chat, batch, generate],
     "Models": [models, fetch, convert, inspect, tokens],
     "This machine": [doctor, bench],
     "Port PaliGemma": [trace, compare, replay, kit],

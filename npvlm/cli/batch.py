@@ -1,0 +1,183 @@
+"""`npvlm batch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from npvlm.cli.interruption import Terminated
+from npvlm.cli.options import model_option, open_model, precision_option, threads_option
+from npvlm.cli.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from npvlm.work.batch import Progress
+    from npvlm.work.memory import Memory
+
+# Which options a task takes.
+TASKS = {
+    "caption": ("lang",),
+    "ask": ("question", "lang"),
+    "ocr": (),
+    "detect": ("labels",),
+    "segment": ("labels",),
+}
+
+
+def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int]:
+    """Read I/N."""
+    number, _, count = (value or "1/1").partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise click.BadParameter(f"{value!r} is no part of several, expected one such as 1/4.")
+    return int(number), int(count)
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="IN...")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
+    help="Where the records go: a line of JSON for each picture, in order.",
+)
+@click.option("--task", type=click.Choice(list(TASKS)), help="What to do with every picture.")
+@click.option("--labels", help='What to detect or segment: "cat", or "cat ; dog".')
+@click.option("--question", help="What to ask.")
+@click.option("--lang", help="Of captions and answers.  [default: en]")
+@click.option("--prompt", help="In place of --task: the prompt as the model reads it.")
+@click.option("--resume", is_flag=True, help="Go on after the records that the file holds.")
+@click.option(
+    "--shard", callback=_shard, metavar="I/N", help="Only the I-th of N even parts of the input."
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    help="Write a contact sheet, too: one file if the name ends in .html, else a folder.",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Of an answer.  [default: by the task]"
+)
+@model_option
+@precision_option
+@threads_option
+@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+def batch(
+    inputs: tuple[str, ...],
+    output: Path,
+    task: str | None,
+    labels: str | None,
+    question: str | None,
+    lang: str | None,
+    prompt: str | None,
+    resume: bool,
+    shard: tuple[int, int],
+    html: Path | None,
+    max_tokens: int | None,
+    model: str | None,
+    precision: str | None,
+    quiet: bool,
+) -> int:
+    """Answer about any number of pictures: a record each, in a file that can be gone on with.
+
+    IN are files, folders and patterns; or one list, a .jsonl or .csv file with `image`, a path as
+    seen from the list, and `prompt`, which --task or --prompt may replace. Other fields of a list
+    are kept in the records.
+
+    \b
+    npvlm batch photos/ --task caption -o captions.jsonl --html report.html
+    npvlm batch 'scans/**/*.png' --task detect --labels "cat ; dog" -o pets.jsonl
+    npvlm batch questions.csv -o answers.jsonl --resume
+    npvlm batch photos/ --task ocr --shard 2/4 -o part2.jsonl
+
+    A record has what `generate --json` has but for timings and the ids of the prompt, so equal
+    inputs give equal bytes; or `error`. It is on disk as soon as it is written: after a kill at any
+    moment, the same command with --resume goes on, and the file ends up the same. Records of shards
+    join with `cat`, in order.
+
+    Exit codes: 0 all are answered, 3 some records are errors (they stay; --resume asks no second
+    time), or a problem that ended it; 2, 130, 143 as everywhere.
+    """
+    asked = prompt_of(task, prompt, labels=labels, question=question, lang=lang)
+
+    from npvlm.work.batch import run_batch
+    from npvlm.work.batch_input import part, read_input
+
+    items = part(read_input(inputs, asked), *shard)
+    if html is not None:
+        from npvlm.work.contact_sheet import check_place
+
+        check_place(html, inputs)
+    if model is None:
+        model = "shapes"
+        note = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
+        click.echo(f"npvlm: {note}", err=True)
+    opened = open_model(model, precision, "kernels")
+    line, last = ProgressLine("pictures", quiet), None
+
+    def tell(progress: Progress) -> None:
+        nonlocal last
+        last = progress
+        line.show(progress.done, progress.total, progress.kept, progress.errors)
+
+    try:
+        last, memory = run_batch(opened, items, output, tell, max_tokens=max_tokens, resume=resume)
+    except (KeyboardInterrupt, Terminated):
+        line.clear()
+        if last is not None:
+            note = f"{last.done} of {last.total} records are in {output}; --resume goes on."
+            click.echo(f"npvlm: {note}", err=True)
+        raise
+    finally:
+        line.clear()
+    if not quiet:
+        click.echo(f"npvlm: {_summary(last, memory)}", err=True)
+    if html is not None:
+        from npvlm.work.batch_output import read_records
+        from npvlm.work.contact_sheet import contact_sheet
+
+        line = ProgressLine("thumbnails", quiet)
+        contact_sheet(items, read_records(output), html, line.show)
+        line.clear()
+    return 3 if last.errors else 0
+
+
+def _summary(ended: Progress, memory: Memory | None) -> str:
+    """What a run did, in one line."""
+    new = ended.done - ended.kept
+    parts = [f"{new} pictures", f"{ended.errors} errors", f"{ended.seconds:.1f} s"]
+    if ended.kept:
+        parts.insert(1, f"{ended.kept} from before")
+    if new:
+        tokens = ended.tokens / ended.seconds
+        parts += [f"{ended.rate:.2f} pictures/s", f"{tokens:.1f} tokens/s"]
+    if memory is not None:
+        parts.append(f"{memory.resident / 1e6:,.0f} MB of memory at most")
+    return f"{', '.join(parts)}."
+
+
+def prompt_of(task: str | None, prompt: str | None, **given: str | None) -> str | None:
+    """The one prompt for all pictures, None where a list shall have them."""
+    present = [name for name, value in given.items() if value is not None]
+    if task is not None and prompt is not None:
+        raise click.UsageError("--task and --prompt both say what to do; give one of them.")
+    wrong = [name for name in present if name not in TASKS.get(task or "", ())]
+    if wrong:
+        fitting = " or ".join(name for name, takes in TASKS.items() if wrong[0] in takes)
+        raise click.UsageError(f"--{wrong[0]} goes with --task {fitting} only.")
+    if task is None:
+        return prompt
+
+    from npvlm.answers import tasks
+
+    labels, question, lang = given["labels"], given["question"], given["lang"] or "en"
+    if task in ("detect", "segment"):
+        if labels is None:
+            raise click.UsageError(f'--task {task} needs --labels, such as --labels "cat ; dog".')
+        return (tasks.detect_prompt if task == "detect" else tasks.segment_prompt)(labels)
+    if task == "ask":
+        if question is None:
+            raise click.UsageError('--task ask needs --question, such as "what is this?".')
+        return tasks.ask_prompt(question, lang)
+    return tasks.ocr_prompt() if task == "ocr" else tasks.caption_prompt(lang)

@@ -1,0 +1,51 @@
+"""One line on a terminal that says how far a long job is."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+
+INTERVAL = 0.1  # seconds at least between two looks of the line
+
+
+class ProgressLine:
+    """How many things are done, how fast, and how long the rest takes; nothing off a terminal."""
+
+    def __init__(self, things: str, quiet: bool = False) -> None:
+        self._things = things
+        self._shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self._began = self._last = time.perf_counter()
+        self._width = 0
+
+    def show(self, done: int, total: int, kept: int = 0, errors: int = 0) -> None:
+        """Say it; `kept` of those done were so before this began."""
+        now = time.perf_counter()
+        if not self._shown or (now - self._last < INTERVAL and done < total):
+            return
+        self._last = now
+        rate = (done - kept) / max(now - self._began, 1e-9)
+        parts = [f"{done} of {total} {self._things}"]
+        if rate:
+            parts += [f"{rate:.1f}/s", f"{clock((total - done) / rate)} left"]
+        if errors:
+            parts.append(f"{errors} errors")
+        self._write(" · ".join(parts))
+
+    def clear(self) -> None:
+        """Leave an empty line."""
+        if self._width:
+            self._write("")
+            click.echo("\r", nl=False, err=True)
+
+    def _write(self, text: str) -> None:
+        click.echo(f"\r{text.ljust(self._width)}", nl=False, err=True)
+        self._width = len(text)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds as a clock shows them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,145 @@
+"""The file that a batch writes: a record a line, in order, safe against a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows two processes must keep apart by themselves
+    fcntl = None  # type: ignore[assignment]
+
+from npvlm.answers.lines import json_line
+from npvlm.errors import NpvlmError, UsageError
+
+Record = Mapping[str, Any]
+
+
+class Records:
+    """A file of records that grows by whole lines.
+
+    kept : how many it holds
+    errors : how many of them say why there is no answer
+    """
+
+    def __init__(self, path: Path, file: FileIO, kept: int, errors: int) -> None:
+        self._path, self._file = path, file
+        self.kept = kept
+        self.errors = errors
+
+    def append(self, record: Record) -> None:
+        """Write one line and have the disk hold it."""
+        left = memoryview(f"{json_line(dict(record))}\n".encode())
+        with _said(self._path, "make room and go on with --resume"):
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        self.kept += 1
+        self.errors += "error" in record
+
+
+@contextmanager
+def open_records(
+    path: Path, expected: Sequence[tuple[Record, Record]], resume: bool
+) -> Iterator[Records]:
+    """Open the file to write, new or to go on with; no other process may write it meanwhile.
+
+    Parameters
+    ----------
+    expected : for each record what it says in any case, and what an answer says besides
+    resume : keep the records there are, drop a line that is not whole, and append
+
+    Raises
+    ------
+    UsageError
+        Where something is there already and `resume` is not asked for, or it answers something
+        else; or another process is writing it.
+    NpvlmError
+        Where it cannot be read or written.
+    """
+    if path.exists() and not path.is_file():
+        raise NpvlmError(f"{path} is no regular file, expected a place for one.")
+    with _said(path, "name another place"):
+        file = path.open("a+b", buffering=0)
+    with file:
+        with _said(path, "name another place"):
+            _lock(file, path)
+            if path.stat().st_size and not resume:
+                raise UsageError(f"{path} holds records; --resume goes on, or name another file.")
+            kept, errors, size = _check(path, expected)
+            file.truncate(size)
+        yield Records(path, file, kept, errors)
+
+
+@contextmanager
+def _said(path: Path, advice: str) -> Iterator[None]:
+    """Turn what the system says into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise NpvlmError(f"{path}: cannot be written ({reason}); {advice}.") from error
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file that is whole."""
+    with path.open("rb") as lines:
+        yield from map(json.loads, lines)
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{path} is being written by another npvlm; let it end first.") from None
+
+
+def _check(path: Path, expected: Sequence[tuple[Record, Record]]) -> tuple[int, int, int]:
+    """Count the records of a file, those with an error, and the bytes of whole lines."""
+    kept = errors = size = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            where = f"{path} line {kept + 1}"
+            if kept == len(expected):
+                raise UsageError(f"{where}: expected {kept} records; is the input another one?")
+            record, (always, answered) = _record(line, where), expected[kept]
+            failed = "error" in record
+            _compare(record, always if failed else {**always, **answered}, where)
+            kept, size, errors = kept + 1, size + len(line), errors + failed
+    return kept, errors, size
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise UsageError(f"{where} is no record; did a batch write this file?")
+    return record
+
+
+def _compare(record: Record, expected: Record, where: str) -> None:
+    """Refuse the answer to another question."""
+    for key, value in expected.items():
+        if record.get(key) != value:
+            raise UsageError(
+                f"{where} has {key} {_short(record.get(key))}, expected {_short(value)}; resume "
+                "with the same input, question and model, or name another file."
+            )
+
+
+def _short(value: Any) -> str:
+    """A value as JSON, cut where it is long."""
+    text = json_line({"": value}).removeprefix('{"": ').removesuffix("}")
+    return text if len(text) <= 60 else f"{text[:59]}…"
