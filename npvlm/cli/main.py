@@ -14,6 +14,7 @@ from npvlm.cli.bench import bench
 from npvlm.cli.compare import compare
 from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
+from npvlm.cli.explain import explain
 from npvlm.cli.generate import generate
 from npvlm.cli.interruption import Terminated, listen
 from npvlm.cli.kit import kit
@@ -46,6 +47,7 @@ npvlm.add_command(bench)
 npvlm.add_command(compare)
 npvlm.add_command(convert)
 npvlm.add_command(demo)
+npvlm.add_command(explain)
 npvlm.add_command(generate)
 npvlm.add_command(kit)
 npvlm.add_command(replay)

@@ -1,0 +1,40 @@
+"""Heat as something to look at: a ramp of colours, and a wash to lay over a picture.
+
+Axis letters: g patches from one edge of the picture to the other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+# From no heat to the most, each colour lighter than the one before, so that everyone sees the
+# order; the first are as good as clear.
+PLACES = (0.0, 0.25, 0.5, 0.75, 1.0)
+COLOURS = ((38, 12, 82), (92, 18, 110), (187, 55, 84), (249, 142, 9), (252, 255, 164))
+COVERS = (0.0, 0.18, 0.55, 0.72, 0.80)
+# How much of its colours and of its contrast a picture keeps under a wash, and its darkest level:
+# dark and light pictures both become a ground on which heat shows.
+COLOUR, CONTRAST, DARKEST = 0.35, 0.42, 36
+
+
+def lit(picture: Image.Image, heat: NDArray[np.float64]) -> Image.Image:
+    """The picture, darker and greyer, with the heat [g, g] over it."""
+    faded = Image.blend(picture.convert("L").convert("RGB"), picture, COLOUR)
+    ground = faded.point(lambda level: DARKEST + CONTRAST * level).convert("RGBA")
+    return Image.alpha_composite(ground, wash(heat, picture.size)).convert("RGB")
+
+
+def wash(heat: NDArray[np.float64], size: tuple[int, int]) -> Image.Image:
+    """Heat [g, g] as colours, clear where there is none; stretched to a picture of this size.
+
+    It counts from the median patch, so that a glimpse of everything is no colour. Between the
+    middles of two patches it changes evenly: nothing is brighter than the brightest patch.
+    """
+    above = np.clip(heat - max(0.0, float(np.median(heat))), 0, None).astype(np.float32)
+    smooth = np.asarray(Image.fromarray(above).resize(size, Image.Resampling.BILINEAR))
+    at = smooth / max(float(above.max()), 1e-12)
+    channels = [np.interp(at, PLACES, levels) for levels in zip(*COLOURS, strict=True)]
+    channels.append(255 * np.interp(at, PLACES, COVERS))
+    return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8), "RGBA")
