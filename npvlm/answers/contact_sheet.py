@@ -42,7 +42,7 @@ def contact_sheet(explanation: Explanation) -> Image.Image:
     """Lay the panels out in rows, with the question above them."""
     picture = _scaled(explanation.picture)
     panels = [Panel(picture, "", "the picture")]
-    panels += [_panel(picture, word) for word in explanation.words]
+    panels += [_panel(picture, word, explanation.method) for word in explanation.words]
     return _laid_out(explanation, panels)
 
 
@@ -54,8 +54,8 @@ def _scaled(picture: Image.Image) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _panel(picture: Image.Image, word: Word) -> Panel:
-    drawn = lit(picture, word.heat)
+def _panel(picture: Image.Image, word: Word, method: str) -> Panel:
+    drawn = lit(picture, word.heat, method)
     _mark(drawn, word.peak)
     return Panel(drawn, shown(word.text), sureness(word.text, word.probability))
 

@@ -15,7 +15,7 @@ from npvlm.answers.explanation import Word
 from npvlm.answers.words import split_words
 from npvlm.decoding.prompt import Tokenizer
 
-# A word's heat from its tokens': attention is shared out among patches, losses add up.
+# A word's heat from its tokens': attention is shared out among patches, what odds fall by adds up.
 TOGETHER: dict[str, Callable[..., NDArray[np.float64]]] = {
     "attention": np.mean,
     "occlusion": np.sum,

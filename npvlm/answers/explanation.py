@@ -32,8 +32,8 @@ class Word:
     token_ids : of the word
     probability : that the model gave all its tokens, each behind those before it
     heat [g, g] : of every patch, row by row. With "attention" the share of all attention that the
-        patch got, the mean over the word's tokens; with "occlusion" how much log-probability the
-        word loses where the patch is covered, the sum over its tokens
+        patch got, the mean over the word's tokens; with "occlusion" how far the logarithms of its
+        tokens' odds fall together where the patch is covered
     """
 
     text: str

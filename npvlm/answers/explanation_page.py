@@ -35,7 +35,7 @@ after another and measures how much less likely the word becomes.
 """,
     "occlusion": """
 The light shows what a word needs: each part of the picture was covered with the picture's mean
-colour, and the more log-probability the word lost, the brighter the part.
+colour, and the further the odds of the word fell, the brighter the part.
 
 For these covers that is a cause and no mere coincidence, as long as the words before stay the same.
 
@@ -64,9 +64,7 @@ def page(explanation: Explanation) -> str:
         name=html.escape(facts["picture"]),
         width=explanation.picture.width,
         height=explanation.picture.height,
-        heats="".join(
-            _heat(number, word, explanation.picture.size) for number, word in enumerate(words, 1)
-        ),
+        heats="".join(_heat(number, word, explanation) for number, word in enumerate(words, 1)),
         told="".join(f"<p>{part.strip()}</p>" for part in TOLD[explanation.method].split("\n\n")),
         facts="".join(
             f"<div><dt>{key}</dt><dd>{html.escape(value)}</dd></div>"
@@ -93,12 +91,13 @@ def _third(share: float, first: str, second: str, third: str) -> str:
     return first if share < 1 / 3 else second if share < 2 / 3 else third
 
 
-def _heat(number: int, word: Word, size: tuple[int, int]) -> str:
+def _heat(number: int, word: Word, explanation: Explanation) -> str:
     """A word's heat and the ring around its peak, unseen until the word is pointed at."""
+    size = explanation.picture.size
     longer = max(size)
     stretched = (max(1, round(size[0] * WASH / longer)), max(1, round(size[1] * WASH / longer)))
     across, down = (f"{100 * share:.2f}%" for share in word.peak)
-    data = _data(wash(word.heat, stretched), "PNG", optimize=True)
+    data = _data(wash(word.heat, stretched, explanation.method), "PNG", optimize=True)
     return (
         f'<div class="heat" id="heat-{number}"><img alt="" src="{data}">'
         f'<i style="left:{across};top:{down}"></i></div>\n'

@@ -19,14 +19,19 @@ COVERS = (0.0, 0.18, 0.55, 0.72, 0.80)
 COLOUR, CONTRAST, DARKEST = 0.35, 0.42, 36
 
 
-def lit(picture: Image.Image, heat: NDArray[np.float64]) -> Image.Image:
-    """The picture, darker and greyer, with the heat [g, g] over it."""
+# The least heat that is as bright as can be. Attention is all shared out, so every word has a peak;
+# a word may need nothing of the picture, though, and is to be dark then.
+BRIGHT = {"attention": 0.0, "occlusion": 0.5}
+
+
+def lit(picture: Image.Image, heat: NDArray[np.float64], method: str) -> Image.Image:
+    """The picture, darker and greyer, with the heat [g, g] of a method over it."""
     faded = Image.blend(picture.convert("L").convert("RGB"), picture, COLOUR)
     ground = faded.point(lambda level: DARKEST + CONTRAST * level).convert("RGBA")
-    return Image.alpha_composite(ground, wash(heat, picture.size)).convert("RGB")
+    return Image.alpha_composite(ground, wash(heat, picture.size, method)).convert("RGB")
 
 
-def wash(heat: NDArray[np.float64], size: tuple[int, int]) -> Image.Image:
+def wash(heat: NDArray[np.float64], size: tuple[int, int], method: str) -> Image.Image:
     """Heat [g, g] as colours, clear where there is none; stretched to a picture of this size.
 
     It counts from the median patch, so that a glimpse of everything is no colour. Between the
@@ -34,7 +39,7 @@ def wash(heat: NDArray[np.float64], size: tuple[int, int]) -> Image.Image:
     """
     above = np.clip(heat - max(0.0, float(np.median(heat))), 0, None).astype(np.float32)
     smooth = np.asarray(Image.fromarray(above).resize(size, Image.Resampling.BILINEAR))
-    at = smooth / max(float(above.max()), 1e-12)
+    at = smooth / max(float(above.max()), BRIGHT[method], 1e-12)
     channels = [np.interp(at, PLACES, levels) for levels in zip(*COLOURS, strict=True)]
     channels.append(255 * np.interp(at, PLACES, COVERS))
     return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8), "RGBA")

@@ -1,4 +1,4 @@
-"""What each token of an answer needs of the picture: cover a part, and see what it loses.
+"""What each token of an answer needs of the picture: cover a part, and see how its odds fall.
 
 Axis letters: A tokens of the answer · P patches of the picture, a square of g x g · R picture side.
 """
@@ -23,7 +23,10 @@ def occlude(
     logprobs: NDArray[np.float64],
     tell: Callable[[int, int], None],
 ) -> NDArray[np.float64]:
-    """How much log-probability each token loses where the picture is covered.
+    """How far the odds of each token fall where the picture is covered, as natural logarithms.
+
+    Odds, because a model that is certain stays so under most covers: its probability goes from
+    0.999999 to 0.99999, which is next to nothing, and its odds fall to a tenth.
 
     Parameters
     ----------
@@ -35,15 +38,22 @@ def occlude(
 
     Returns
     -------
-    losses [A, P]; a negative one says that the token grew likelier
+    falls [A, P]; a negative one says that the token grew likelier
     """
-    losses, patch = np.empty((len(logprobs), side, side)), pixel_values.shape[-1] // side
+    falls, patch = np.empty((len(logprobs), side, side)), pixel_values.shape[-1] // side
+    whole = log_odds(logprobs)
     places = list(product(parts(side), parts(side)))
     for done, (down, across) in enumerate(places, 1):
         covered = cover(pixel_values, _scaled(down, patch), _scaled(across, patch))
-        losses[:, down, across] = (logprobs - read(covered))[:, None, None]
+        falls[:, down, across] = (whole - log_odds(read(covered)))[:, None, None]
         tell(done, len(places))
-    return losses.reshape(len(logprobs), -1)
+    return falls.reshape(len(logprobs), -1)
+
+
+def log_odds(logprobs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logarithms of p / (1 - p), from those of p; the surest are 1e-15 from certain."""
+    logprobs = np.minimum(logprobs, -1e-15)
+    return logprobs - np.log(-np.expm1(logprobs))
 
 
 def parts(side: int) -> list[slice]:

@@ -68,7 +68,7 @@ def explain(
     npvlm explain photo.png "caption en" --method occlusion -o why.png
 
     Attention shows where the model looked as it chose a word, not that this decided it. Occlusion
-    covers one part after another and measures how much less likely the word becomes.
+    covers one part after another and measures how far the odds of the word fall.
     """
     output = OUTPUT if output is None and html is None else output
     if output is not None and output.suffix.lower() != ".png":
