@@ -24,9 +24,8 @@ WIDE = 640  # pixels at least of the sheet
 SHAPE = 1.6  # its width over its height, about
 
 NOTES = {
-    "attention": "Light: where the model looked as it chose the word. That is not yet why it chose "
-    "it.",
-    "occlusion": "Light: where covering the picture makes the word less likely.",
+    "attention": "Light: where the model looked as it chose the word, which is not yet why.",
+    "occlusion": "Light: where a cover makes the word less likely. Dark: no cover does.",
 }
 
 

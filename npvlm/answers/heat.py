@@ -34,12 +34,28 @@ def lit(picture: Image.Image, heat: NDArray[np.float64], method: str) -> Image.I
 def wash(heat: NDArray[np.float64], size: tuple[int, int], method: str) -> Image.Image:
     """Heat [g, g] as colours, clear where there is none; stretched to a picture of this size.
 
-    It counts from the median patch, so that a glimpse of everything is no colour. Between the
-    middles of two patches it changes evenly: nothing is brighter than the brightest patch.
+    It counts from the median patch, so that a glimpse of everything is no colour.
     """
-    above = np.clip(heat - max(0.0, float(np.median(heat))), 0, None).astype(np.float32)
-    smooth = np.asarray(Image.fromarray(above).resize(size, Image.Resampling.BILINEAR))
+    above = np.clip(heat - max(0.0, float(np.median(heat))), 0, None)
+    (rows, columns), (width, height) = above.shape, size
+    smooth = _stretch(rows, height) @ above @ _stretch(columns, width).T
     at = smooth / max(float(above.max()), BRIGHT[method], 1e-12)
     channels = [np.interp(at, PLACES, levels) for levels in zip(*COLOURS, strict=True)]
     channels.append(255 * np.interp(at, PLACES, COVERS))
     return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8), "RGBA")
+
+
+def _stretch(patches: int, pixels: int) -> NDArray[np.float64]:
+    """How much of each patch each pixel of a line has [pixels, patches].
+
+    It goes smoothly from one patch's middle to the next and never beyond either, so that nothing
+    is brighter than the brightest patch.
+    """
+    place = np.clip((np.arange(pixels) + 0.5) * patches / pixels - 0.5, 0, patches - 1)
+    before = np.minimum(place.astype(int), max(0, patches - 2))
+    way = place - before
+    way = way * way * (3 - 2 * way)
+    shares, line = np.zeros((pixels, patches)), np.arange(pixels)
+    shares[line, before] = 1 - way
+    shares[line, np.minimum(before + 1, patches - 1)] += way
+    return shares

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npvlm.config import Config
+from npvlm.errors import NpvlmError
 from npvlm.model import gemma, paligemma
 from npvlm.model.cache import Rows, new_cache
 from npvlm.model.ops import Index
@@ -42,6 +43,11 @@ def read_answer(
     """Log-probabilities of the answer's tokens, each behind those before it.
 
     prompt [B], answer [A], features [M, D] -> [A]
+
+    Raises
+    ------
+    NpvlmError
+        Where the weights make scores that are no numbers.
     """
     text = w.scope("language_model")
     rows, wanted = answer_rows(len(prompt), len(answer))
@@ -50,5 +56,9 @@ def read_answer(
     x = np.concatenate([x, tail])
     cache = new_cache(config.text_config, len(x), x.dtype)
     scores = paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap)  # [A, V]
+    if not np.isfinite(scores).all():
+        raise NpvlmError(
+            "the model's scores are not finite, expected numbers; are its weights damaged?"
+        )
     pairs = zip(scores, answer, strict=True)
     return np.array([ops.log_softmax(row)[token] for row, token in pairs])

@@ -74,6 +74,10 @@ def explain(
     if output is not None and output.suffix.lower() != ".png":
         raise click.UsageError(f"{output} is no name for the picture, expected one ending in .png.")
 
+    for place in filter(None, (output, html)):
+        if not place.expanduser().absolute().parent.is_dir():
+            raise click.UsageError(f"{place.parent} is no folder; make it first.")
+
     def say(what: str) -> None:
         if not quiet:
             click.echo(f"npvlm: {what}", err=True)
