@@ -47,7 +47,7 @@ OUTPUT = Path("npvlm-explain.png")
 @model_option
 @precision_option
 @threads_option
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing on stderr but errors.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing of files and progress.")
 def explain(
     image: str,
     prompt: str,
