@@ -6,10 +6,11 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -24,10 +25,15 @@ from PIL import Image
 
 from npvlm.answers import tasks
 from npvlm.answers.answer import Answer, Seconds
+from npvlm.answers.attention import AttentionTap
 from npvlm.answers.boxes import BINS
 from npvlm.answers.confidence import PlaceWatch
 from npvlm.answers.detection import Detection, read_detection
+from npvlm.answers.explaining import words_of
+from npvlm.answers.explanation import METHODS, Explanation
 from npvlm.answers.lines import json_line
+from npvlm.answers.occlusion import occlude
+from npvlm.answers.reading import read_answer
 from npvlm.answers.scores import Scores, candidates
 from npvlm.config import PRECISIONS, Config, read_config
 from npvlm.decoding.beams import beam_search
@@ -51,7 +57,7 @@ from npvlm.files.tokenizer import Tokenizer, load_tokenizer
 from npvlm.model import ops as definitions
 from npvlm.model import paligemma, vqvae
 from npvlm.model.ops import Index
-from npvlm.model.tap import closed
+from npvlm.model.tap import Tap, closed
 from npvlm.model.weights import PACKERS, Array, Packer, Weights
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -574,6 +580,84 @@ class Model:
             model=self.name,
             precision=self.precision,
         )
+
+    def explain(
+        self,
+        image: Shown,
+        prompt: str,
+        *,
+        answer: str | None = None,
+        method: str = "attention",
+        max_tokens: int = 100,
+        tell: Callable[[int, int], None] = lambda done, of: None,
+    ) -> Explanation:
+        """Say for each word of an answer which parts of the picture it has to do with.
+
+        Parameters
+        ----------
+        answer : the words to explain; by default what the model says by itself, greedily
+        method : "attention", where the model looked; or "occlusion", what it needs: one run for
+            each of 64 parts of the picture that are covered in turn
+        max_tokens : most tokens of the model's own answer
+        tell : is told how many runs of "occlusion" are done, and of how many
+
+        Raises
+        ------
+        UsageError
+            For a method that there is not, or an answer that is no text to explain.
+        NpvlmError
+            For a picture that cannot be read, or a model that answers nothing.
+        """
+        if method not in METHODS:
+            raise UsageError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
+        shown = self.prepare(image)
+        ids = self._explained_ids(shown, prompt, answer, max_tokens)
+        prefix, pixels = self._layout(prompt, 1, len(ids)), shown.pixels
+
+        def read(pixels: Array, tap: Tap = closed) -> NDArray[np.float64]:
+            w, config = self.weights, self.config
+            with _COMPUTING:
+                seen = paligemma.image_features(pixels[None], w, config, ops=self.ops, tap=closed)
+                return read_answer(prefix, np.array(ids), seen[0], w, config, ops=self.ops, tap=tap)
+
+        patches, layers = self.config.vision_config.num_patches, []
+        if method == "attention":
+            watch = AttentionTap(self.config.text_config, len(prefix), len(ids), patches)
+            logprobs = read(pixels, watch)
+            heats, layers = watch.mean(), list(watch.layers)
+        else:
+            logprobs = read(pixels)
+            heats = occlude(pixels, math.isqrt(patches), read, logprobs, tell)
+        return Explanation(
+            image=shown.name,
+            picture=open_picture(shown.source),
+            prompt=prompt,
+            answer=self.tokenizer.decode(ids),
+            own=answer is None,
+            model=self.name,
+            precision=self.precision,
+            method=method,
+            layers=layers,
+            words=words_of(self.tokenizer, ids, logprobs, heats, method),
+        )
+
+    def _explained_ids(
+        self, picture: Seen, prompt: str, answer: str | None, max_tokens: int
+    ) -> list[int]:
+        """The ids of the words to explain: given ones, or the model's own without its eos."""
+        if answer is not None:
+            ids = self.tokenizer.encode(answer)
+            if self.tokenizer.image_id in ids or not answer.strip():
+                raise UsageError(f"answer is {answer!r}, expected words without <image>.")
+            return ids
+        own = self.generate(picture, prompt, max_tokens=max_tokens)[0]
+        ids = own.token_ids[:-1] if own.stop == "eos" else own.token_ids
+        if not own.text.strip():
+            raise NpvlmError(
+                f"the model answers nothing to {prompt!r}; give the words to explain, or another "
+                "prompt."
+            )
+        return ids
 
     def events(
         self,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from npvlm.answers.boxes import Box
+from npvlm.answers.fonts import Font, font_for
 from npvlm.answers.masks import place
 
 Colour = tuple[int, int, int]
@@ -26,10 +27,6 @@ COLOURS: tuple[Colour, ...] = (
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 SMALLEST = 400  # pixels of the longer side; smaller pictures are enlarged
 WASH = 0.45  # how much of a mask's colour lies over the picture
-# Fonts that have more letters than the one in Pillow, where they are installed.
-_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
-
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
 def draw_boxes(
@@ -110,26 +107,15 @@ def _write(
 def _fitting(pen: ImageDraw.ImageDraw, text: str, size: tuple[int, int]) -> tuple[Font, str]:
     """A font in which the text is no wider than the picture; what is too long is cut."""
     points = max(11.0, max(size) / 34)
-    font = _font(text, points)
+    font = font_for(text, points)
     while points > 11 and pen.textlength(text, font) > 0.95 * size[0]:
         points *= 0.9
-        font = _font(text, points)
+        font = font_for(text, points)
     if pen.textlength(text, font) <= 0.95 * size[0]:
         return font, text
     while len(text) > 1 and pen.textlength(f"{text}…", font) > 0.95 * size[0]:
         text = text[:-1]
     return font, f"{text}…"
-
-
-def _font(text: str, points: float) -> Font:
-    """Pillow's own font, or one with more letters where the text needs it."""
-    if not text.isascii():
-        for name in _FONTS:
-            try:
-                return ImageFont.truetype(name, points)
-            except OSError:
-                continue
-    return ImageFont.load_default(size=points)
 
 
 def _meet(one: Rectangle, other: Rectangle) -> bool:

@@ -50,6 +50,14 @@ def find_pictures(names: Sequence[str]) -> list[Path | BinaryIO]:
     return [*_list(before), _stdin(), *_list(after)]
 
 
+def one_picture(name: str) -> Path | BinaryIO:
+    """The one picture that was named, on stdin perhaps."""
+    pictures = find_pictures([name])
+    if len(pictures) > 1:
+        raise click.UsageError(f"{name} is {len(pictures)} pictures, expected one.")
+    return pictures[0]
+
+
 def _list(names: Sequence[str]) -> list[Path]:
     from npvlm.files.listing import list_pictures
 

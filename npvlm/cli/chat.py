@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npvlm.cli.asking import Tail, box_columns, find_pictures
+from npvlm.cli.asking import Tail, box_columns, one_picture
 from npvlm.cli.lines import line as columns
 from npvlm.cli.options import (
     model_option,
@@ -51,9 +51,7 @@ def chat(
     \b
     npvlm chat photo.jpg --model paligemma-3b-mix-224
     """
-    pictures = find_pictures([image])
-    if len(pictures) > 1:
-        raise click.UsageError(f"{image} is {len(pictures)} pictures, expected one.")
+    picture = one_picture(image)
     from npvlm.answers.tasks import max_tokens as usual
     from npvlm.answers.tasks import task_of
     from npvlm.api import Piece
@@ -61,7 +59,7 @@ def chat(
     from npvlm.errors import UsageError
 
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
-    seen = opened.look(pictures[0])
+    seen = opened.look(picture)
     if not quiet:
         click.echo(GREETING, err=True)
     for line in _lines():

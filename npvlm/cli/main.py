@@ -19,6 +19,7 @@ from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
 from npvlm.cli.detect import detect, segment
 from npvlm.cli.doctor import doctor
+from npvlm.cli.explain import explain
 from npvlm.cli.fetch import fetch
 from npvlm.cli.generate import generate
 from npvlm.cli.inspect import inspect
@@ -38,7 +39,20 @@ Exit codes: 0 fine, 1 a check found a difference, 2 bad use,
 
 # What --help lists under which heading.
 COMMANDS: dict[str, list[click.Command]] = {
-    "Ask pictures": [demo, caption, ask, ocr, detect, segment, score, chat, batch, generate],
+    "Ask pictures": [demo, caption, ask, ocr, detect, segment, chat, batch, generate],
+    "How sure, and why": [score, explain],
+        demo,
+        caption,
+        ask,
+        ocr,
+        detect,
+        segment,
+        score,
+        explain,
+        chat,
+        batch,
+        generate,
+    ],
     "Models": [models, fetch, convert, inspect, tokens],
     "This machine": [doctor, bench],
     "Port PaliGemma": [trace, compare, replay, kit],

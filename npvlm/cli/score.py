@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from npvlm.cli.asking import one_picture
 from npvlm.cli.lines import escaped
 from npvlm.cli.options import (
     model_option,
@@ -57,8 +58,9 @@ def score(
     npvlm score photo.jpg "answer en is it raining?" yes no
     npvlm score photo.jpg "caption en" "a cat" "a cat on a red sofa" --by mean
     """
+    picture = one_picture(image)
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
-    scores = opened.score(image, prompt, answers)
+    scores = opened.score(picture, prompt, answers)
     if as_json:
         click.echo(scores.to_json())
         return

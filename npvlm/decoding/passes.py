@@ -52,7 +52,7 @@ def prefill(
     x = paligemma.embed(np.concatenate(prompts), features, w, config, ops=ops, tap=tap)
     rows = Rows.pack([Rows.of(s, n, range(n)) for s, n in zip(starts, lengths, strict=False)])
     wanted = np.cumsum(lengths) - 1
-    return _finite(paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap))
+    return finite(paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap))
 
 
 def extend(
@@ -72,10 +72,11 @@ def extend(
     x [T, D] -> [T, V]
     """
     every = np.arange(len(x))
-    return _finite(paligemma.forward(x, w, config, cache, rows, every, ops=ops, tap=tap))
+    return finite(paligemma.forward(x, w, config, cache, rows, every, ops=ops, tap=tap))
 
 
-def _finite(scores: Array) -> Array:
+def finite(scores: Array) -> Array:
+    """The same scores, if they are numbers. scores [...] -> [...]"""
     if not np.isfinite(scores).all():
         raise NpvlmError(
             "the model's scores are not finite, expected numbers; are its weights damaged?"
