@@ -82,8 +82,12 @@ def bench(
 ) -> None:
     """Measure speed and memory, and how much of what this machine allows is reached.
 
-    Nothing is downloaded: --synthetic paligemma-3b-224 measures a real size without its weights
-    (6 GB of disk and memory while it runs).
+    Nothing is downloaded: --synthetic takes random weights of a real size (6 GB of disk and memory
+    for a 3B, while it runs).
+
+    \b
+    npvlm bench
+    npvlm bench --synthetic paligemma-3b-224 --precision int8 --against transformers
     """
     named = context.get_parameter_source("model") is ParameterSource.COMMANDLINE
     if synthetic is not None and named:

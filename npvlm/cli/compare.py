@@ -61,6 +61,10 @@ def compare(
     and layouts are matched where they are those of a known implementation. The first stage that is
     wrong is named, with its likely cause.
 
+    \b
+    npvlm compare reference.safetensors mine.safetensors
+    npvlm compare reference.safetensors mine.npz --as bfloat16 --html report.html
+
     Exit codes: 0 the same, 1 they differ, 2 bad use, 3 a file that cannot be read.
     """
     from npvlm.porting.compare import compare as run

@@ -23,7 +23,10 @@ from npvlm.cli.options import say_when_compiling
 def convert(source: str, destination: Path, precision: str) -> None:
     """Write the checkpoint SRC again as DST, with smaller weights.
 
-    SRC is a folder or a bundled model; DST is new, or an empty folder. It appears when it is whole.
+    SRC is any model; DST is a new or an empty folder, which appears when it is whole.
+
+    \b
+    npvlm convert paligemma-3b-mix-224 small --precision int8
     """
     from npvlm.work.convert import convert as run
 

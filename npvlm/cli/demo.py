@@ -19,7 +19,11 @@ from npvlm.cli.options import say_when_compiling
     help="Where the picture with boxes goes.",
 )
 def demo(output: Path) -> None:
-    """Draw a picture and ask the bundled model about it: caption, count and boxes."""
+    """Draw a picture and ask the bundled model about it: caption, count and boxes.
+
+    \b
+    npvlm demo
+    """
     from npvlm.work.demo import run_demo
 
     say_when_compiling()

@@ -28,6 +28,10 @@ def kit(model: str | None, folder: Path) -> None:
     JavaScript, to be committed to the other implementation's repository. Without MODEL: two random
     models, one of each family, and the bundled one, weights included, in less than 10 MB. Of a
     published model the weights stay where they are, and it takes some minutes.
+
+    \b
+    npvlm kit -o kit
+    npvlm kit paligemma-3b-mix-224 -o kit-3b
     """
     from npvlm.porting.kit import kit as run
 

@@ -45,6 +45,9 @@ def replay(
     Where MINE has the stage too, the two are held together: what differs then is that stage's own
     mistake, and none that it was handed.
 
+    \b
+    npvlm replay language_model.model.layers.3.self_attn.attend --input mine.npz
+
     Exit codes: 0 the same or nothing to compare, 1 they differ, 2 bad use, 3 a file that cannot be
     read.
     """

@@ -64,6 +64,10 @@ def trace(
 
     Each line is a stage: its name, shape, type, mean, standard deviation, first values, and the
     line of npvlm that made it. docs/stages.md says what each is.
+
+    \b
+    npvlm trace photo.jpg --prompt "caption en" --only "*.layers.0.*"
+    npvlm trace photo.jpg --prompt "caption en" --save reference.safetensors
     """
     from npvlm.porting.dumps import check_place, manifest, save_trace
     from npvlm.porting.floors import floors
