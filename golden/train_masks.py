@@ -10,10 +10,12 @@ near starts anew from something that the encoder gave just now.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from random import Random
 
@@ -138,6 +140,19 @@ def train(given: argparse.Namespace) -> None:
     if given.save:
         tensors = {k: t.to(torch.float16).contiguous() for k, t in vae.published().items()}
         save_file(tensors, given.save, metadata={"format": "pt"})
+        given.save.chmod(0o644)
+        options = {k: v for k, v in vars(given).items() if isinstance(v, int | float)}
+        provenance = {
+            "program": "golden/train_masks.py",
+            "options": options,
+            "steps": step,
+            "minutes": round(seconds / 60, 1),
+            "held_out_masks": {"n": len(held_out), **check(vae, held_out)},
+            "versions": {name: version(name) for name in ("torch", "pillow")},
+            "sha256": {given.save.name: hashlib.sha256(given.save.read_bytes()).hexdigest()},
+        }
+        text = json.dumps(provenance, indent=2) + "\n"
+        given.save.with_suffix(".json").write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ def test_links_to_files_count_and_links_to_folders_are_not_followed(photos: Path
 def test_a_name_without_a_picture_is_refused_in_one_sentence(photos, name, says) -> None:
     Path("empty").mkdir()
     Path("empty/note.txt").touch()
-    with pytest.raises(npvlm.UsageError, match=says) as caught:
+    with pytest.raises(npvlm.NpvlmError, match=says) as caught:
         list_pictures(["photos", name])
     assert "\n" not in str(caught.value)
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npvlm.config import Config
+from npvlm.decoding.generate import logits
 from npvlm.decoding.passes import finite
-from npvlm.model import gemma, paligemma
-from npvlm.model.cache import Rows, new_cache
+from npvlm.model.cache import Rows
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap
 from npvlm.model.weights import Array, Weights
@@ -49,12 +49,7 @@ def read_answer(
     NpvlmError
         Where the weights make scores that are no numbers.
     """
-    text = w.scope("language_model")
-    rows, wanted = answer_rows(len(prompt), len(answer))
-    x = paligemma.embed(prompt, features, w, config, ops=ops, tap=tap)
-    tail = gemma.embed(answer[:-1], text, config.text_config, features.dtype, ops=ops)
-    x = np.concatenate([x, tail])
-    cache = new_cache(config.text_config, len(x), x.dtype)
-    scores = finite(paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap))
+    first = len(prompt) - 1
+    scores = finite(logits(prompt, answer[:-1], features, w, config, ops=ops, tap=tap, first=first))
     pairs = zip(scores, answer, strict=True)  # [A, V], [A]
     return np.array([ops.log_softmax(row)[token] for row, token in pairs])

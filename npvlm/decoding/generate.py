@@ -98,8 +98,9 @@ def logits(
     *,
     ops: ModuleType,
     tap: Tap,
+    first: int = 0,
 ) -> Array:
-    """Score a whole sequence in one pass: row t says what may follow token t.
+    """Score a whole sequence in one pass: a row for each token from `first` on, of what may follow.
 
     prompt [A], answer [B], features [M, D] -> [T, V]
     """
@@ -109,4 +110,5 @@ def logits(
     x = np.concatenate([x, tail])
     cache = new_cache(config.text_config, len(x), x.dtype)
     rows = Rows.of(0, len(prompt), range(len(x)))
-    return paligemma.forward(x, w, config, cache, rows, np.arange(len(x)), ops=ops, tap=tap)
+    wanted = np.arange(first, len(x))
+    return paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap)

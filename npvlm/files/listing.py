@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from npvlm.errors import NpvlmError, UsageError
+from npvlm.errors import NpvlmError
 
 # Formats that Pillow has a reader for which reads nothing by itself: films, measurements, pages.
 _NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
@@ -30,10 +30,8 @@ def list_pictures(names: Sequence[str | Path]) -> list[Path]:
 
     Raises
     ------
-    UsageError
-        For a name that names nothing, or a folder without pictures.
     NpvlmError
-        For a folder that cannot be read.
+        For a name that names nothing, a folder without pictures, or one that cannot be read.
     """
     found: dict[Path, Path] = {}
     for name in names:
@@ -54,11 +52,11 @@ def _named(name: str) -> list[Path]:
     if name and os.path.lexists(name):
         return _below(Path(name)) if Path(name).is_dir() else [Path(name)]
     if not glob.has_magic(name):
-        raise UsageError(f"{name or 'an empty name'} is no file or folder; is the path right?")
+        raise NpvlmError(f"{name or 'an empty name'} is no file or folder; is the path right?")
     matches = map(Path, glob.iglob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no root)
     files = sorted(match for match in matches if not match.is_dir())
     if not files:
-        raise UsageError(f"{name} matches no file; is the pattern right?")
+        raise NpvlmError(f"{name} matches no file; is the pattern right?")
     return files
 
 
@@ -67,7 +65,7 @@ def _below(folder: Path) -> list[Path]:
     suffixes = picture_suffixes()
     found = sorted(path for path in _files(folder) if path.suffix.lower() in suffixes)
     if not found:
-        raise UsageError(f"{folder} holds no picture; name its files if they end otherwise.")
+        raise NpvlmError(f"{folder} holds no picture; name its files if they end otherwise.")
     return found
 
 

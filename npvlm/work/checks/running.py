@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from npvlm.api import Model
-from npvlm.decoding.generate import generate
+from npvlm.decoding.generate import generate, logits
 from npvlm.decoding.prompt import layout
 from npvlm.files.pictures import open_picture, pixel_values
-from npvlm.model import gemma, paligemma
-from npvlm.model.cache import Rows, new_cache
+from npvlm.model import paligemma
 from npvlm.model.ops import Index
 from npvlm.model.tap import closed
 from npvlm.model.weights import Array
@@ -151,15 +150,8 @@ class Trial:
         prompt [A], answer [B], features [P, D] -> [B + 1, V]
         """
         w, config, ops = self.model.weights, self.model.config, self.model.ops
-        x = paligemma.embed(prompt, features, w, config, ops=ops, tap=closed)
-        text = w.scope("language_model")
-        tail = np.array(answer, np.int64)
-        tail = gemma.embed(tail, text, config.text_config, features.dtype, ops=ops)
-        x = np.concatenate([x, tail])
-        cache = new_cache(config.text_config, len(x), x.dtype)
-        rows = Rows.of(0, len(prompt), range(len(x)))
-        wanted = np.arange(len(prompt) - 1, len(x))
-        return paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=closed)
+        given, first = np.array(answer, np.int64), len(prompt) - 1
+        return logits(prompt, given, features, w, config, ops=ops, tap=closed, first=first)
 
 
 def _bits(equal: bool) -> str:
