@@ -90,7 +90,7 @@ def test_what_is_fetched_is_what_npvlm_reads_and_runs_by_name(hub: Hub, photo: P
     assert "3.83 MB of it to come" in result.stderr
 
     asked = len(hub.asked)
-    question = ("--prompt", "answer en how many shapes?")
+    question = ("--prompt", "answer en how many shapes?", "-q")
     expected = run("generate", photo, *question, "--model", "shapes").stdout
     answer = run("generate", photo, *question, "--model", REPO, env={"HF_ENDPOINT": hub.address})
     assert (answer.returncode, answer.stderr) == (0, "")
