@@ -67,13 +67,16 @@ def check() -> list[str]:
             searches = make.describe_beams(beam_cases.searches(cases, float32, float64))
             stored = beams["searches"][recipe.name], beams["logits_off"][recipe.name]
             differences += compare_beams(recipe.name, *stored, searches)
-    differences += compare_model("shapes-run", make.BUNDLED, make.shapes_cases())
+    for toy in make.TOYS:
+        differences += compare_model(f"{toy}-run", make.BUNDLED / toy, make.toy_cases(toy))
 
     by_op: dict[str, list[Row]] = {}
     for golden in our_ops.read_ops():
         by_op.setdefault(golden.op, []).append(measure_op(golden))
     differences += show("operation", "cases", by_op)
-    by_model = {name: measure_model(name) for name in (*make.NAMES, "shapes-run")}
+    by_model = {
+        name: measure_model(name) for name in (*make.NAMES, *(f"{toy}-run" for toy in make.TOYS))
+    }
     return differences + show("model", "stages", by_model)
 
 

@@ -1,7 +1,7 @@
 """Write the stored goldens, which need no torch to be compared with: `python golden/make.py`.
 
 For each of three random checkpoints: the folder itself, what transformers makes of three prompts
-(`NAME.safetensors`), and where it all comes from (`NAME.json`). For the bundled model the last two,
+(`NAME.safetensors`), and where it all comes from (`NAME.json`). For each bundled model the last two,
 for a drawn picture (`shapes-run`). Small cases of every operation (`ops`). And what beams find on
 the random checkpoints (`beams`). Needs golden/requirements.txt.
 """
@@ -32,7 +32,8 @@ from golden.ours import EVERY, rms
 
 GOLDEN = Path(__file__).resolve().parent
 NAMES = ("pg1", "pg2", "pg2-f16-sharded")
-BUNDLED = GOLDEN.parent / "npvlm" / "bundled" / "shapes"
+BUNDLED = GOLDEN.parent / "npvlm" / "bundled"
+TOYS = ("shapes",)  # the bundled models
 BOX = (0, 0, 220, 210)  # of the first held-out picture, halved: no square, and all things are there
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "sentencepiece", "safetensors")
 # What is stored: the output of every layer, of what stands before, between and behind them, and
@@ -53,10 +54,11 @@ def main() -> None:
     for recipe in RECIPES:
         if recipe.name in NAMES:
             make(recipe)
-    make_shapes()
+    for toy in TOYS:
+        make_toy(toy)
     make_ops()
     make_beams()
-    names = (*NAMES, "shapes-run", "ops", "beams")
+    names = (*NAMES, *(f"{toy}-run" for toy in TOYS), "ops", "beams")
     size = sum(path.stat().st_size for name in names for path in files_of(name))
     print(f"{len(names)} goldens, {size:,} bytes")
 
@@ -71,19 +73,20 @@ def make(recipe: Recipe) -> None:
     write(recipe.name, folder, {"recipe": asdict(recipe)}, cases)
 
 
-def make_shapes() -> None:
-    """Write the golden of the bundled model."""
+def make_toy(name: str) -> None:
+    """Write the golden of a bundled model."""
     origin = {"picture": f"draw_scene('held out', 1, 0).picture.crop({BOX}).reduce(2)"}
-    write("shapes-run", BUNDLED, origin, shapes_cases())
+    write(f"{name}-run", BUNDLED / name, origin, toy_cases(name))
 
 
-def shapes_cases() -> list[Case]:
-    """What the bundled model says about one drawn picture."""
+def toy_cases(name: str) -> list[Case]:
+    """What a bundled model says about one drawn picture."""
+    folder = BUNDLED / name
     picture = shapes.draw_scene("held out", 1, 0).picture.crop(BOX).reduce(2)
-    float32 = oracle.load_float32(BUNDLED)
+    float32 = oracle.load_float32(folder)
     float64 = oracle.load_float64(float32)
     return [
-        oracle.ask(BUNDLED, [picture], prompt, float32, float64)
+        oracle.ask(folder, [picture], prompt, float32, float64)
         for prompt in ("detect red circle", "caption en")
     ]
 

@@ -174,17 +174,17 @@ def test_a_bundled_file_that_is_missing_is_found(altered: Path, monkeypatch) -> 
     monkeypatch.setattr(api, "BUNDLED", altered)
     (altered / "shapes" / "tokenizer.model").unlink()
     found = bundled.check_files()
-    assert found.verdict == WRONG and "model.safetensors, tokenizer.model in" in found.says
+    assert found.verdict == WRONG and "shapes/tokenizer.model" in found.says
     assert "tokenizer.model is missing" in run_check("", bundled.check_goldens).says
 
 
 def test_other_bits_are_a_note_where_none_were_promised(monkeypatch) -> None:
-    monkeypatch.setattr(bundled, "LOGITS", dict.fromkeys(bundled.LOGITS, "0" * 64))
+    monkeypatch.setattr(bundled, "LOGITS", {"shapes": {"int8": "0" * 64}})
     monkeypatch.setattr(bundled, "features", lambda: features() | {"fma"})
     assert bundled.check_goldens().verdict == WRONG
     monkeypatch.setattr(bundled, "features", lambda: features() - {"fma"})
     found = bundled.check_goldens()
-    assert found.verdict == NOTE and "float32, int8, int4" in found.says
+    assert found.verdict == NOTE and "shapes in int8" in found.says
 
 
 def test_weights_that_are_no_numbers_are_found(model: Model) -> None:

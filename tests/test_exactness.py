@@ -53,7 +53,9 @@ KINDS = [
 ]
 CASES = [(family, *kind) for family in FAMILIES for kind in KINDS]
 CASES += [
-    ("shapes", "as stored", precision) for precision in dict(KINDS[3:], F16="float32").values()
+    (name, "as stored", precision)
+    for name in LOGITS
+    for precision in dict(KINDS[3:], F16="float32").values()
 ]
 
 # sha256 of the logits, as little-endian float32, that any CPU with fused multiply-add computes. A
@@ -65,7 +67,7 @@ CHECKSUMS = {
     ("gemma2", "float32"): "9868b83a7361ac1a1948b8cdd3aa73ab52a5384ed5871962b487c98c5e649293",
     ("gemma2", "int8"): "3a5f5dd4b4f0459c8128f610168d95cff12d9bd4aa0bbe5f7f300284c9a46cdb",
     ("gemma2", "int4"): "4c0a55d25fdf46fb4d5827d0be61992be171d95eed67934c67f4acfc362ecd66",
-    **{("shapes", precision): digest for precision, digest in LOGITS.items()},
+    **{(name, p): digest for name, own in LOGITS.items() for p, digest in own.items()},
 }
 
 
@@ -145,8 +147,8 @@ def tiny_weights(config: Config, stored: str, precision: str) -> Weights:
 @pytest.fixture(scope="module", params=CASES, ids=", ".join)
 def case(request: pytest.FixtureRequest) -> Case:
     name, stored, precision = request.param
-    if name == "shapes":
-        model = npvlm.load("shapes", precision)
+    if name in LOGITS:
+        model = npvlm.load(name, precision)
         return Case(model.config, model.weights)
     return Case(FAMILIES[name], tiny_weights(FAMILIES[name], stored, precision))
 
@@ -229,8 +231,8 @@ def test_no_definition_of_a_kernel_is_called(case: Case, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("name", "precision"), CHECKSUMS)
 def test_logits_are_the_bits_of_every_cpu(name, precision) -> None:
-    if name == "shapes":
-        scores = golden_logits(npvlm.load("shapes", precision))
+    if name in LOGITS:
+        scores = golden_logits(npvlm.load(name, precision))
     else:
         case = Case(FAMILIES[name], tiny_weights(FAMILIES[name], "F32", precision))
         scores = case.logits(case.prompt(80), [5, 6, EOS], case.features(case.pixels(1)))

@@ -1,4 +1,4 @@
-"""Checks that the bundled model's files are those published, and that its logits are the goldens.
+"""Checks that the bundled files are those published, and the models' logits the goldens.
 
 In float32, int8 and int4 the bits of logits are the same on every CPU that has fused multiply-add:
 their checksums are goldens that fit in a line.
@@ -18,14 +18,16 @@ from npvlm.kernels.vectors import features
 from npvlm.work.checks.finding import NOTE, Finding, settle
 
 NAME = "shapes"
-PROVENANCE = "PROVENANCE.json"
+PROVENANCE, MASKS = "PROVENANCE.json", "vae.json"
 PROMPT, ANSWER = "detect blue square", [5, 6, 7]
 # sha256 of the logits, as little-endian float32. A change that rounds differently changes them, and
 # a bundled model that is trained anew; nothing else may.
 LOGITS = {
-    "float32": "963701f6e823d3fac7e0313b02549466c02f9cc9715c239cc5efd287ff1de0b0",
-    "int8": "a5220299c13d07749c92dc6b4b67c8b74bc88494b6a30cb56d0cb47f5cf736a6",
-    "int4": "dac294fbbda3e714ab5b9c18fcc5a44bb9cef446975ff1fd6901736641b01299",
+    "shapes": {
+        "float32": "963701f6e823d3fac7e0313b02549466c02f9cc9715c239cc5efd287ff1de0b0",
+        "int8": "a5220299c13d07749c92dc6b4b67c8b74bc88494b6a30cb56d0cb47f5cf736a6",
+        "int4": "dac294fbbda3e714ab5b9c18fcc5a44bb9cef446975ff1fd6901736641b01299",
+    },
 }
 # How far the kernels' logits may be from the definitions', relative, both in float32: a hundred
 # roundings. A wrong operation is off by a thousand times as much.
@@ -56,34 +58,48 @@ def checksum(logits: np.ndarray) -> str:
 
 def check_files() -> Finding:
     """Hold the bundled files against the checksums that were published with them."""
-    folder = find_folder(NAME)
-    published: dict[str, str] = read_json(folder / PROVENANCE)["sha256"]
-    changed = [name for name, digest in published.items() if _digest(folder / name) != digest]
-    said = f"{NAME}: {len(published)} files"
+    records = [find_folder(name) / PROVENANCE for name in LOGITS]
+    records.append(find_folder(NAME).parent / MASKS)
+    count, changed = 0, []
+    for record in records:
+        published: dict[str, str] = read_json(record)["sha256"]
+        files = {record.parent / name: digest for name, digest in published.items()}
+        count += len(files)
+        changed += [str(path) for path, digest in files.items() if _digest(path) != digest]
+    said = f"{', '.join(LOGITS)}, mask decoder: {count} files"
     if changed:
-        said = f"{', '.join(changed)} in {folder} changed since publication; install npvlm again"
+        said = f"{', '.join(changed)} changed since publication; install npvlm again"
     return settle("bundled files", not changed, said)
 
 
 def check_goldens() -> Finding:
-    """Hold the bundled model's logits against the checksums, bit for bit."""
-    wrong = [name for name in LOGITS if checksum(golden_logits(load(NAME, name))) != LOGITS[name]]
-    name = "golden logits"
+    """Hold the bundled models' logits against the checksums, bit for bit."""
+    goldens = {(name, p): bits for name, own in LOGITS.items() for p, bits in own.items()}
+    wrong = [
+        f"{name} in {precision}"
+        for (name, precision), bits in goldens.items()
+        if checksum(golden_logits(load(name, precision))) != bits
+    ]
+    check = "golden logits"
     if not wrong:
-        return settle(name, True, f"{NAME}: the bits published, in {', '.join(LOGITS)}")
-    said = f"{NAME}: other bits than published, in {', '.join(wrong)}"
+        precisions = dict.fromkeys(precision for _, precision in goldens)
+        said = f"{', '.join(LOGITS)}: the bits published, in {', '.join(precisions)}"
+        return settle(check, True, said)
+    said = f"other bits than published: {', '.join(wrong)}"
     if "fma" not in features():
-        return Finding(name, NOTE, f"{said}; they are promised for x86 CPUs with fma alone")
-    return settle(name, False, said)
+        return Finding(check, NOTE, f"{said}; they are promised for x86 CPUs with fma alone")
+    return settle(check, False, said)
 
 
 def check_definitions() -> Finding:
-    """Hold the kernels' logits against those of the definitions, through the whole model."""
-    found = golden_logits(load(NAME))
-    truth = golden_logits(load(NAME, ops="numpy")).astype(np.float64)
-    error = float(np.sqrt(np.mean((found - truth) ** 2) / np.mean(truth**2)))
-    said = f"{NAME}: {error:.1e} apart, expected at most {APART:.1e}"
-    return settle("model = definitions", error <= APART, said)
+    """Hold the kernels' logits against those of the definitions, through the whole models."""
+    errors = []
+    for name in LOGITS:
+        found = golden_logits(load(name))
+        truth = golden_logits(load(name, ops="numpy")).astype(np.float64)
+        errors.append(float(np.sqrt(np.mean((found - truth) ** 2) / np.mean(truth**2))))
+    said = f"{', '.join(LOGITS)}: {max(errors):.1e} apart, expected at most {APART:.1e}"
+    return settle("model = definitions", max(errors) <= APART, said)
 
 
 def _digest(path: Path) -> str | None:
