@@ -74,9 +74,8 @@ def check() -> list[str]:
     for golden in our_ops.read_ops():
         by_op.setdefault(golden.op, []).append(measure_op(golden))
     differences += show("operation", "cases", by_op)
-    by_model = {
-        name: measure_model(name) for name in (*make.NAMES, *(f"{toy}-run" for toy in make.TOYS))
-    }
+    names = (*make.NAMES, *(f"{toy}-run" for toy in make.TOYS))
+    by_model = {name: measure_model(name) for name in names}
     return differences + show("model", "stages", by_model)
 
 

@@ -1,9 +1,9 @@
 """Write the stored goldens, which need no torch to be compared with: `python golden/make.py`.
 
 For each of three random checkpoints: the folder itself, what transformers makes of three prompts
-(`NAME.safetensors`), and where it all comes from (`NAME.json`). For each bundled model the last two,
-for a drawn picture (`shapes-run`). Small cases of every operation (`ops`). And what beams find on
-the random checkpoints (`beams`). Needs golden/requirements.txt.
+(`NAME.safetensors`), and where it all comes from (`NAME.json`). For each bundled model the last
+two, for a drawn picture (`shapes-run`). Small cases of every operation (`ops`). And what beams find
+on the random checkpoints (`beams`). Needs golden/requirements.txt.
 """
 
 from __future__ import annotations
