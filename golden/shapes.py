@@ -6,6 +6,8 @@ python golden/shapes.py evaluate --seed S --count N [--model FOLDER] [--precisio
     prints one JSON line per metric and exits 1 if one is missed
 python golden/shapes.py evaluate --seed S --count N --precision bfloat16 int8 int4
     prints what each loses against float32 and exits 1 if one loses too much
+python golden/shapes.py confidence --seed S --count N [--model FOLDER]
+    prints how often boxes of a confidence fit
 
 Picture i of seed S of a split is always the same. Training draws from the split "train", tests
 from "held out": the split's name is part of what seeds the generator, so whatever the seeds, the
@@ -440,6 +442,36 @@ def compare(model: str, seed: int, count: int, precisions: Sequence[str]) -> boo
     return fine
 
 
+def confidences(model: str, seed: int, count: int) -> list[tuple[float, bool]]:
+    """For each box found on held-out pictures its confidence, and whether it fits at IoU 0.75."""
+    import npvlm
+
+    drawn = [scene for scene in islice(scenes("held out", seed), count) if scene.things]
+    rng = Random(f"confidence {seed}")
+    questions = [detect(scene, rng, 3) for scene in drawn]
+    prompts = [question.prompt for question in questions]
+    found = npvlm.load(model).batch([scene.picture for scene in drawn], prompts)
+    marks = []
+    for question, result in zip(questions, found, strict=True):
+        for box in result.boxes:
+            corners = (box.x0, box.y0, box.x1, box.y1)
+            fits = [iou(t.box, corners) for t in question.things if t.label == box.label]
+            marks.append((box.confidence, max(fits, default=0.0) >= 0.75))
+    return marks
+
+
+def calibrate(model: str, seed: int, count: int) -> None:
+    """Print how often boxes of a confidence fit, and how well it tells those that do."""
+    marks = confidences(model, seed, count)
+    for least in (0.0, 0.2, 0.4, 0.6, 0.8):
+        own = [fits for confidence, fits in marks if least <= confidence < least + 0.2]
+        line = {"confidence": f"{least:.1f} to {least + 0.2:.1f}", "n": len(own)}
+        print(json.dumps(line | {"fit": round(sum(own) / max(1, len(own)), 3)}))
+    right, wrong = ([c for c, fits in marks if fits is verdict] for verdict in (True, False))
+    above = sum((a > b) + 0.5 * (a == b) for a in right for b in wrong)
+    print(json.dumps({"auc": round(above / max(1, len(right) * len(wrong)), 3), "n": len(marks)}))
+
+
 def draw(folder: Path, seed: int, count: int) -> None:
     """Write some held-out pictures and, beside them, their questions with the true answers."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -451,7 +483,7 @@ def draw(folder: Path, seed: int, count: int) -> None:
 
 
 def main() -> int:
-    """Run one of the two commands."""
+    """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     drawing = commands.add_parser("draw", help="write pictures and their questions")
@@ -461,12 +493,17 @@ def main() -> int:
     testing.add_argument(
         "--precision", choices=PRECISIONS, nargs="+", help="of products; several: against float32"
     )
-    for command, default in ((drawing, 12), (testing, 1000)):
+    sure = commands.add_parser("confidence", help="how often boxes of a confidence fit")
+    sure.add_argument("--model", default="shapes", help="name or folder of the model")
+    for command, default in ((drawing, 12), (testing, 1000), (sure, 1000)):
         command.add_argument("--seed", type=int, default=1)
         command.add_argument("--count", type=int, default=default, help="how many pictures")
     given = parser.parse_args()
     if given.command == "draw":
         draw(given.folder, given.seed, given.count)
+        return 0
+    if given.command == "confidence":
+        calibrate(given.model, given.seed, given.count)
         return 0
     if given.precision and len(given.precision) > 1:
         return 0 if compare(given.model, given.seed, given.count, given.precision) else 1
