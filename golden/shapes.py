@@ -338,7 +338,7 @@ def overlaps(things: Sequence[Thing], answer: str) -> list[float]:
 
 def mask_overlaps(things: Sequence[Thing], found: Detection) -> list[float]:
     """Give the IoU of each thing's pixels with the mask of its label that fits best, 0 without."""
-    masks = [(box.label, found.mask(box)) for box in found.boxes if box.mask is not None]
+    masks = [(box.label, found.mask(box)) for box in found.boxes if box.painted is not None]
     best = []
     for thing in things:
         truth = np.zeros((found.height, found.width), bool)

@@ -51,7 +51,7 @@ def test_a_folder_is_all_its_pictures(folder: Path) -> None:
     assert result.stdout == f"{folder}/a.png\t3\n{folder}/b.jpg\t3\n"
     assert result.stderr == "" and result.returncode == 0
     pattern = run("ask", f"{folder}/*.p*", "how many shapes?", "-q")
-    assert pattern.stdout == "3\n"
+    assert pattern.stdout == f"{folder}/a.png\t3\n"  # one file, but by a pattern
 
 
 def test_a_picture_comes_down_a_pipe(folder: Path) -> None:
@@ -94,9 +94,12 @@ def test_words_come_as_json(folder: Path) -> None:
         (["ask", "{a}", " "], "the question is empty"),
         (["detect", "{a}", " ; "], "no label is given"),
         (["detect", "{a}", "cat", "--format", "coco", "--json"], "exclude each other"),
-        (["detect", "{a}", "cat", "-o", "boxes.jpg"], "ending in .png"),
+        (["detect", "{a}", "cat", "-o", "{a}"], "is a picture that is asked about"),
+        (["detect", "{folder}", "cat", "-o", "{folder}"], "whose pictures are asked about"),
+        (["segment", "{a}", "cat", "--cutouts", "{folder}/b.jpg"], "b.jpg' is a file"),
+        (["detect", "{a}", "cat", "-o", "boxes.jpg"], "drawn pictures are PNG"),
         (["detect", "{a}", "cat", "-o", "no/such/folder/boxes.png"], "is no folder; make it"),
-        (["detect", "{a}", "{b}", "cat", "-o", "{a}"], "expected a folder for several pictures"),
+        (["detect", "{a}", "{b}", "cat", "-o", "x.png"], "expected a folder for 2 pictures"),
         (["detect", "{a}", "cat", "--bins", "1000"], "1000"),
         (["caption", "{a}", "--lang", "english please"], "no language code"),
         (["caption", "-", "-"], "named twice"),
@@ -163,12 +166,43 @@ def test_coco_yolo_and_csv_say_the_same_boxes(folder: Path) -> None:
 
 def test_the_drawn_picture_goes_to_a_file_or_a_folder(folder: Path, tmp_path: Path) -> None:
     result = run("detect", folder / "a.png", LABELS, "-o", tmp_path / "boxes.png")
-    assert f"drawn on {tmp_path}/boxes.png" in result.stderr
+    assert f"1 picture drawn: {tmp_path}/boxes.png" in result.stderr
     with Image.open(tmp_path / "boxes.png") as drawn:
         plain = Image.open(folder / "a.png")
         assert drawn.size == plain.size and drawn.tobytes() != plain.tobytes()
     result = run("detect", folder, LABELS, "-o", tmp_path / "drawn")
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["a.png", "b.png"]
+
+
+def test_no_picture_that_is_asked_about_is_written_over(folder: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes((folder / "a.png").read_bytes())
+    before = picture.read_bytes()
+    run("detect", picture, LABELS, "-o", tmp_path, "-q")
+    for options in (["-o", picture], ["--html", picture], ["--html", "x.txt"]):
+        assert run("explain", picture, "caption en", *options, "-q").returncode == 2
+    assert picture.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-2.png", "a.png"]
+
+
+def test_drawn_pictures_and_cut_outs_may_share_a_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a-1.png").write_bytes((folder / "a.png").read_bytes())
+    out = tmp_path / "out"
+    pictures = [folder / "a.png", tmp_path / "a-1.png"]
+    run("segment", *pictures, "red circle", "-o", out, "--cutouts", out, "-q")
+    assert len(list(out.iterdir())) == 4
+
+
+def test_a_question_may_be_long_and_wants_quotes(folder: Path) -> None:
+    assert run("ask", folder / "a.png", "how many? " * 40, "-q").returncode == 0
+    loose = run("ask", folder / "a.png", "how", "many", "circles?", "-q")
+    assert loose.returncode == 3 and "'how' is no file" in one_line(loose)
+    assert "several words go in quotes" in one_line(loose)
+
+
+def test_stdin_without_a_picture_is_said() -> None:
+    empty = run("caption", "-", "-q", input="")
+    assert empty.returncode == 3 and "stdin is empty" in one_line(empty)
 
 
 def test_pictures_of_one_name_do_not_overwrite_each_other(folder: Path, tmp_path: Path) -> None:
@@ -184,6 +218,7 @@ def test_nothing_found_and_text_that_is_no_box_are_said(folder: Path) -> None:
     assert "nothing found" in result.stderr
     cut = run("detect", folder / "a.png", "red circle", "--max-tokens", "3")
     assert cut.stdout == "" and "no box: '<loc" in cut.stderr
+    assert "cut off after 3 tokens; --max-tokens allows more" in cut.stderr
 
 
 def test_masks_are_drawn_cut_out_and_said(folder: Path, tmp_path: Path) -> None:

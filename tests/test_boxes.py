@@ -80,6 +80,20 @@ def test_words_before_a_box_and_a_broken_end_are_kept_beside_it() -> None:
     assert found.unread == ["look:", "<loc0001><loc00"]
 
 
+def test_the_end_of_an_answer_that_was_cut_off_stays_text() -> None:
+    text = f"{BOX} cat ; {BOX} orange st"
+    found = parse_boxes(text, 8, 8, whole=False)
+    assert [box.label for box in found.boxes] == ["cat"]
+    assert found.unread == [f"{BOX} orange st"]
+
+
+def test_a_box_s_confidence_is_of_its_own_places_and_label() -> None:
+    text = f"{BOX}{BOX}{CODES} cat"
+    first, second = parse_boxes(text, 8, 8).boxes
+    assert [text[slice(*span)] for span in first.spans] == [BOX]
+    assert [text[slice(*span)] for span in second.spans] == [BOX, "cat"]
+
+
 TOKENS = st.sampled_from(
     [
         "<loc0000>",
@@ -100,8 +114,10 @@ TOKENS = st.sampled_from(
 @given(st.lists(TOKENS, max_size=30).map("".join))
 def test_no_text_is_lost(text: str) -> None:
     found = parse_boxes(text, 10, 10)
-    said = "".join(text[slice(*box.span)] for box in found.boxes) + "".join(found.unread)
-    assert set(re.findall(r"cat|ü|<(?!loc|seg)", text)) <= set(re.findall(r"cat|ü|<", said))
+    said = [text[slice(*span)] for box in found.boxes for span in box.spans] + found.unread
+    codes = [f"<seg{code:03d}>" for box in found.boxes for code in box.codes]
+    parts = re.compile(r"cat|ü|<loc\d{4}>|<seg\d{3}>|<")
+    assert sorted(parts.findall("".join([*said, *codes]))) == sorted(parts.findall(text))
     for box in found.boxes:
         assert box.x0 < box.x1 and box.y0 < box.y1 and box.label in text
 
@@ -134,5 +150,6 @@ def test_each_token_knows_its_characters() -> None:
 def test_a_part_is_as_likely_as_its_tokens_are_together() -> None:
     spans = [(0, 1), (1, 3), (3, 3)]
     logprobs = [-1.0, -0.5, -7.0]
-    assert confidence((0, 3), spans, logprobs) == pytest.approx(0.2231, abs=1e-4)
-    assert confidence((0, 1), spans, logprobs) == pytest.approx(0.3679, abs=1e-4)
+    assert confidence([(0, 3)], spans, logprobs) == pytest.approx(0.2231, abs=1e-4)
+    assert confidence([(0, 1)], spans, logprobs) == pytest.approx(0.3679, abs=1e-4)
+    assert confidence([(0, 1), (2, 3)], spans, logprobs) == pytest.approx(0.2231, abs=1e-4)

@@ -369,10 +369,12 @@ def test_the_demo_answers_and_leaves_a_picture(tmp_path: Path) -> None:
     result = run("demo", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "npvlm-demo.png" in result.stderr and "caption en" in result.stdout
-    drawn = Image.open(tmp_path / "npvlm-demo.png").convert("RGB")
+    names = ["npvlm-demo-boxes.png", "npvlm-demo.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    drawn, asked = (Image.open(tmp_path / name).convert("RGB") for name in names)
     plain = draw_picture()
+    assert asked.tobytes() == plain.tobytes()
     assert drawn.size == plain.size and drawn.tobytes() != plain.tobytes()
-    assert [path.name for path in tmp_path.iterdir()] == ["npvlm-demo.png"]
 
 
 def test_the_demo_says_where_it_cannot_write(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_colours_go_by_label_in_the_order_asked_for() -> None:
 def test_a_mask_is_washed_in_where_the_thing_is() -> None:
     mask = np.full((64, 64), -1, np.float32)
     mask[:, :32] = 1  # the left half
-    box = Box("cat", 100, 100, 300, 300, mask=mask)
+    box = Box("cat", 100, 100, 300, 300, painted=mask)
     drawn = draw_boxes(Image.new("RGB", (400, 400), (200, 200, 200)), [box])
     expected = tuple(round(200 + WASH * (c - 200)) for c in COLOURS[0])
     found = drawn.getpixel((150, 250))

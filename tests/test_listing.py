@@ -9,6 +9,7 @@ import pytest
 
 import npvlm
 from npvlm.files.listing import list_pictures, picture_suffixes
+from npvlm.files.pictures import open_picture
 
 NAMES = ["b.png", "a.JPG", "note.txt", "sub/c.webp", "sub/deep/d.tiff", ".hidden/e.png", ".f.png"]
 INSIDE = ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.tiff"]
@@ -106,8 +107,10 @@ def test_a_folder_that_cannot_be_read_is_said(photos: Path, monkeypatch) -> None
         return []
 
     monkeypatch.setattr(os, "walk", walk)
-    with pytest.raises(npvlm.NpvlmError, match="photos/sub cannot be read: Permission denied"):
-        list_pictures(["photos"])
+    assert list_pictures(["photos"]) == [Path("photos/sub")]
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(npvlm.NpvlmError, match="photos/sub is a folder that may not be read"):
+        open_picture(Path("photos/sub"))
 
 
 def test_suffixes_are_those_of_pictures() -> None:

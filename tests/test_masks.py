@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -135,11 +136,19 @@ def test_a_damaged_mask_decoder_is_named(tmp_path: Path) -> None:
     path.write_bytes(whole.read_bytes()[:-1000])
     with pytest.raises(NpvlmError, match="no mask decoder that can be read"):
         open_mask_decoder(path)
+    for at in range(0, len(whole.read_bytes()), 400_001):
+        content = bytearray(whole.read_bytes())
+        content[at : at + 30] = b"\xff" * 30
+        path.write_bytes(content)
+        with contextlib.suppress(NpvlmError):  # no other exception, and damage in a number is none
+            open_mask_decoder(path)
     for change, says in (
         ({"decoder.4.bias": None}, "decoder.4.bias is missing"),
         ({"decoder.4.bias": np.zeros(3, np.float32)}, r"decoder.4.bias is \[3\], expected \[128\]"),
         ({"decoder.4.bias": np.full(128, np.nan, np.float32)}, "not finite"),
         ({"decoder.4.bias": np.array([object()])}, "pickle|object"),
+        ({"decoder.4.bias": np.zeros(128, np.complex64)}, "complex64, expected floating"),
+        ({"decoder.4.bias": np.zeros(128, np.int64)}, "int64, expected floating"),
     ):
         changed = {k: v for k, v in (arrays | change).items() if v is not None}
         np.savez(path, **changed)

@@ -72,7 +72,14 @@ def token_spans(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Span]:
     return spans + [(at, at + len(stream.finish()))] * waiting
 
 
-def confidence(span: Span, spans: Sequence[Span], logprobs: Sequence[float]) -> float:
-    """How likely the model thought a part of its answer: the product of its tokens' chances."""
-    own = [p for (a, b), p in zip(spans, logprobs, strict=True) if a < span[1] and span[0] < b]
+def confidence(parts: Sequence[Span], spans: Sequence[Span], logprobs: Sequence[float]) -> float:
+    """How likely the model thought parts of its answer: the product of their tokens' chances.
+
+    spans and logprobs are those of all its tokens.
+    """
+    own = [
+        logprob
+        for (first, last), logprob in zip(spans, logprobs, strict=True)
+        if any(first < end and start < last for start, end in parts)
+    ]
     return math.exp(min(0.0, math.fsum(own)))

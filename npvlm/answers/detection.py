@@ -69,7 +69,7 @@ class Detection:
 
     def mask(self, box: Box) -> NDArray[np.bool_]:
         """Which pixels are the thing's: its mask, or its whole box. -> [height, width]"""
-        inside = np.ones((1, 1), np.float32) if box.mask is None else box.mask
+        inside = np.ones((1, 1), np.float32) if box.painted is None else box.painted
         return place(inside, box, self.width, self.height)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,10 +94,10 @@ class Detection:
         corners = [round(edge, 2) for edge in (box.x0, box.y0, box.x1, box.y1)]
         values: dict[str, Any] = {"label": box.label, "box": corners}
         values["confidence"] = box.confidence
-        if box.mask is not None:
+        if box.painted is not None:
             counts = run_lengths(self.mask(box))
             values["mask"] = {"size": [self.height, self.width], "counts": counts}
-            rings = outlines(box.mask, box)
+            rings = outlines(box.painted, box)
             values["polygons"] = [[round(c, 2) for point in ring for c in point] for ring in rings]
         return values
 
@@ -112,15 +112,15 @@ def read_detection(
 ) -> Detection:
     """Read the boxes of an answer about a picture of (width, height), and paint their masks."""
     width, height = size
-    parsed = parse_boxes(answer.text, width, height, bins)
+    parsed = parse_boxes(answer.text, width, height, bins, whole=answer.stop == "eos")
     spans = token_spans(tokenizer, answer.token_ids)
     boxes = [
-        replace(box, confidence=confidence(box.span, spans, answer.nearby)) for box in parsed.boxes
+        replace(box, confidence=confidence(box.spans, spans, answer.nearby)) for box in parsed.boxes
     ]
     masked = [i for i, box in enumerate(boxes) if box.codes]
     if paint is not None and masked:
         fields = paint(np.array([boxes[i].codes for i in masked]))
         for i, painted in zip(masked, fields, strict=True):
-            boxes[i] = replace(boxes[i], mask=painted)
+            boxes[i] = replace(boxes[i], painted=painted)
     labels = labels_of(answer.prompt)
     return Detection(answer, width, height, labels, boxes, parsed.unread, source)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from npvlm.answers.boxes import Box
 from npvlm.answers.fonts import Font, font_for
-from npvlm.answers.masks import place
+from npvlm.answers.masks import outlines, place
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
@@ -41,13 +41,17 @@ def draw_boxes(
     factor = max(1, -(-SMALLEST // max(drawn.size)))
     colours = label_colours([*labels, *(box.label for box in boxes)])
     for box in boxes:
-        if box.mask is not None:
+        if box.painted is not None:
             _wash(drawn, box, colours[box.label])
     if factor > 1:
         size = drawn.width * factor, drawn.height * factor
         drawn = drawn.resize(size, Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(drawn)
     line = max(2, round(max(drawn.size) / 250))
+    for box in boxes:
+        if box.painted is not None:
+            for ring in outlines(box.painted, box):
+                _trace(pen, [(factor * x, factor * y) for x, y in ring], line, colours[box.label])
     placed = [(factor * b.x0, factor * b.y0, factor * b.x1, factor * b.y1) for b in boxes]
     for box, corners in zip(boxes, placed, strict=True):
         pen.rectangle(corners, outline=BLACK, width=line + 2)  # stands out on any ground
@@ -73,10 +77,19 @@ def label_colours(labels: Sequence[str]) -> dict[str, Colour]:
 
 def _wash(picture: Image.Image, box: Box, colour: Colour) -> None:
     """Lay a thing's colour over its pixels."""
-    assert box.mask is not None
-    mask = place(box.mask, box, *picture.size)
+    assert box.painted is not None
+    mask = place(box.painted, box, *picture.size)
     strength = Image.fromarray((mask * (255 * WASH)).astype(np.uint8))
     picture.paste(colour, (0, 0, *picture.size), strength)
+
+
+def _trace(
+    pen: ImageDraw.ImageDraw, ring: Sequence[tuple[float, float]], line: int, colour: Colour
+) -> None:
+    """Draw an outline that shows on a ground of its own colour, too."""
+    closed = [*ring, ring[0]]
+    pen.line(closed, fill=WHITE, width=line + 2, joint="curve")
+    pen.line(closed, fill=colour, width=line, joint="curve")
 
 
 def _write(

@@ -5,7 +5,6 @@ Axis letters: g patches from one edge of the picture to the other.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from npvlm.answers.explanation_page import page
-from npvlm.answers.explanation_sheet import contact_sheet
+from npvlm.answers.explanation_sheet import sheet
+from npvlm.answers.lines import json_line
 from npvlm.files.output import new_file, save_picture
 
 METHODS = ("attention", "occlusion")
@@ -83,7 +83,7 @@ class Explanation:
         NpvlmError
             Where it cannot be written.
         """
-        save_picture(contact_sheet(self), Path(path))
+        save_picture(sheet(self), Path(path))
 
     def html(self, path: str | Path) -> None:
         """Write a page, complete in itself, where pointing at a word lights the picture.
@@ -110,8 +110,7 @@ class Explanation:
             "layers": self.layers,
             "words": [self._facts(word) for word in self.words],
         }
-        text = json.dumps(facts, ensure_ascii=False, allow_nan=False)
-        return text.encode("utf-8", "backslashreplace").decode()  # as JSON escapes such bytes
+        return json_line(facts)
 
     def _facts(self, word: Word) -> dict[str, Any]:
         width, height = self.picture.size

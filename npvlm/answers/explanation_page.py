@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from npvlm.answers.heat import wash
+from npvlm.answers.heat import shows, wash
 from npvlm.answers.words import shown, sureness
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def page(explanation: Explanation) -> str:
         title=html.escape(f"{explanation.prompt}: {explanation.answer}"[:120]),
         prompt=html.escape(explanation.prompt),
         whose="The model's answer" if explanation.own else "The answer that was given",
-        words="".join(_button(number, word) for number, word in enumerate(words, 1)),
+        words="".join(_button(number, word, explanation) for number, word in enumerate(words, 1)),
         picture=_data(_smaller(explanation.picture), "JPEG", quality=88),
         name=html.escape(facts["picture"]),
         width=explanation.picture.width,
@@ -73,16 +73,17 @@ def page(explanation: Explanation) -> str:
     )
 
 
-def _button(number: int, word: Word) -> str:
+def _button(number: int, word: Word, explanation: Explanation) -> str:
     """A word to point at; the bar under it is as long as the word is likely."""
     sure = sureness(word.text, word.probability)
     across, down = word.peak
-    place = (
-        f"{_third(down, 'upper', 'middle', 'lower')} {_third(across, 'left', 'centre', 'right')}"
-    )
+    rows, columns = ("upper", "middle", "lower"), ("left", "centre", "right")
+    place = f"brightest {_third(down, *rows)} {_third(across, *columns)}"
+    if not shows(word.heat, explanation.method):
+        place = "no single part matters"
     return (
         f'<button type="button" id="word-{number}" aria-pressed="false" '
-        f'aria-description="{sure}; brightest {place}" style="--share:{word.probability:.3f}">'
+        f'aria-description="{sure}; {place}" style="--share:{word.probability:.3f}">'
         f"{html.escape(shown(word.text))}</button>\n"
     )
 
@@ -98,10 +99,10 @@ def _heat(number: int, word: Word, explanation: Explanation) -> str:
     stretched = (max(1, round(size[0] * WASH / longer)), max(1, round(size[1] * WASH / longer)))
     across, down = (f"{100 * share:.2f}%" for share in word.peak)
     data = _data(wash(word.heat, stretched, explanation.method), "PNG", optimize=True)
-    return (
-        f'<div class="heat" id="heat-{number}"><img alt="" src="{data}">'
-        f'<i style="left:{across};top:{down}"></i></div>\n'
-    )
+    ring = f'<i style="left:{across};top:{down}"></i>'
+    if not shows(word.heat, explanation.method):
+        ring = ""
+    return f'<div class="heat" id="heat-{number}"><img alt="" src="{data}">{ring}</div>\n'
 
 
 def _smaller(picture: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image, ImageDraw
 
 from npvlm.answers.fonts import font_for
-from npvlm.answers.heat import lit
+from npvlm.answers.heat import lit, shows
 from npvlm.answers.words import shown, sureness
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Panel(NamedTuple):
     note: str
 
 
-def contact_sheet(explanation: Explanation) -> Image.Image:
+def sheet(explanation: Explanation) -> Image.Image:
     """Lay the panels out in rows, with the question above them."""
     picture = _scaled(explanation.picture)
     panels = [Panel(picture, "", "the picture")]
@@ -55,7 +55,8 @@ def _scaled(picture: Image.Image) -> Image.Image:
 
 def _panel(picture: Image.Image, word: Word, method: str) -> Panel:
     drawn = lit(picture, word.heat, method)
-    _mark(drawn, word.peak)
+    if shows(word.heat, method):
+        _mark(drawn, word.peak)
     return Panel(drawn, shown(word.text), sureness(word.text, word.probability))
 
 

@@ -49,7 +49,7 @@ def coco(detections: Sequence[Detection]) -> dict[str, Any]:
                 "iscrowd": 0,
                 "score": box.confidence,
             }
-            if box.mask is not None:
+            if box.painted is not None:
                 mask = detection.mask(box)
                 annotation["area"] = int(np.count_nonzero(mask))
                 counts = run_lengths(mask)

@@ -24,6 +24,11 @@ COLOUR, CONTRAST, DARKEST = 0.35, 0.42, 36
 BRIGHT = {"attention": 0.0, "occlusion": 0.5}
 
 
+def shows(heat: NDArray[np.float64], method: str) -> bool:
+    """Whether any part of the picture stands out, and so has a place to mark. heat [g, g]"""
+    return float(heat.max()) - max(0.0, float(np.median(heat))) > 0.2 * BRIGHT[method]
+
+
 def lit(picture: Image.Image, heat: NDArray[np.float64], method: str) -> Image.Image:
     """The picture, darker and greyer, with the heat [g, g] of a method over it."""
     faded = Image.blend(picture.convert("L").convert("RGB"), picture, COLOUR)

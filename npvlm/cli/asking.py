@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import click
 
 if TYPE_CHECKING:
-    from npvlm.answers.answer import Answer
+    from npvlm.answers.answer import Answer, Seconds
     from npvlm.answers.boxes import Box
     from npvlm.answers.detection import Detection
     from npvlm.api import Model
@@ -50,6 +51,20 @@ def find_pictures(names: Sequence[str]) -> list[Path | BinaryIO]:
     return [*_list(before), _stdin(), *_list(after)]
 
 
+def is_one(names: Sequence[str]) -> bool:
+    """Whether one picture is named, not a folder or pattern that happens to hold one."""
+    return len(names) == 1 and (names[0] == STDIN or _is_file(names[0]))
+
+
+def _is_file(name: str) -> bool:
+    return os.path.isfile(name)  # noqa: PTH113 (Path.is_file raises where a name is too long)
+
+
+def paths_of(pictures: Sequence[Path | BinaryIO]) -> list[Path]:
+    """Those of the pictures that are files."""
+    return [picture for picture in pictures if isinstance(picture, Path)]
+
+
 def one_picture(name: str) -> Path | BinaryIO:
     """The one picture that was named, on stdin perhaps."""
     pictures = find_pictures([name])
@@ -66,7 +81,12 @@ def _list(names: Sequence[str]) -> list[Path]:
 
 def _stdin() -> BinaryIO:
     """The picture on stdin, all of it, under the name `-`."""
-    picture = io.BytesIO(sys.stdin.buffer.read())
+    from npvlm.errors import NpvlmError
+
+    content = sys.stdin.buffer.read()
+    if not content:
+        raise NpvlmError("stdin is empty, expected a picture.")
+    picture = io.BytesIO(content)
     picture.name = STDIN
     return picture
 
@@ -78,13 +98,21 @@ def split_last(arguments: Sequence[str], wanted: str) -> tuple[Sequence[str], st
     ------
     click.UsageError
         Where one of the two is missing.
+    NpvlmError
+        Where a picture is not there.
     """
+    from npvlm.errors import NpvlmError
+
     usage = f"expected IMAGE... and {wanted} as the last argument."
     if len(arguments) < 2:
         given = "nothing is" if not arguments else f"only {arguments[0]!r} is"
         raise click.UsageError(f"{given} given, {usage}")
-    if Path(arguments[-1]).is_file():
+    if _is_file(arguments[-1]):
         raise click.UsageError(f"{arguments[-1]!r} is a file, {usage}")
+    for name in arguments[:-1]:
+        if not (name == STDIN or set(name) & set("*?[") or os.path.lexists(name)):
+            words = "; several words go in quotes" if len(arguments) > 2 else ""
+            raise NpvlmError(f"{name!r} is no file or folder, {usage.removesuffix('.')}{words}.")
     return arguments[:-1], arguments[-1]
 
 
@@ -107,10 +135,12 @@ def answer_all(
     for result in model.batch(pictures, prompt, max_tokens=max_tokens, bins=bins):
         if isinstance(result, Failed):
             failed += 1
-            click.echo(f"npvlm: {result.error.removesuffix('.')}.", err=True)
+            click.echo(f"npvlm: {sentence(result.error)}", err=True)
             continue
         show(result)
         tail.add(result)
+        if not quiet:
+            note_cut_off(result)
     if not quiet:
         tail.print()
     if failed and len(pictures) > 1:
@@ -134,38 +164,60 @@ def stream(
         else:
             click.echo()
             tail.add(event)
+            if not quiet:
+                note_cut_off(event)
     if not quiet:
         tail.print()
+
+
+def note_cut_off(result: Answer | Detection) -> None:
+    """Say that an answer would have gone on."""
+    from npvlm.answers.answer import Answer
+
+    answer = result if isinstance(result, Answer) else result.answer
+    if answer.stop == "length":
+        name = "" if isinstance(answer.image, list) else f"{answer.image}: "
+        count = len(answer.token_ids)
+        note = f"{name}cut off after {count} tokens; --max-tokens allows more."
+        click.echo(f"npvlm: {note}", err=True)
+
+
+def sentence(text: str) -> str:
+    """A text with an end."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 class Tail:
     """The line at the end, on stderr: how much was read, how fast it was, what memory it took."""
 
     def __init__(self) -> None:
-        self._answers: list[Answer] = []
+        self._pictures = self._prompt = self._tokens = 0
+        self._first = self._decode = 0.0
+        self._pack: Seconds | None = None  # answers of one pack share their seconds
 
     def add(self, result: Answer | Detection) -> None:
         """Count an answer."""
         from npvlm.answers.answer import Answer
 
-        self._answers.append(result if isinstance(result, Answer) else result.answer)
+        answer = result if isinstance(result, Answer) else result.answer
+        self._pictures += 1
+        self._prompt = len(answer.prompt_token_ids)
+        self._tokens += len(answer.token_ids) - 1
+        if answer.seconds is not self._pack:
+            self._pack = answer.seconds
+            self._first += answer.seconds.image + answer.seconds.prefill
+            self._decode += answer.seconds.decode
 
     def print(self) -> None:
         """Say it, if there is anything to say."""
-        if not self._answers:
+        if not self._pictures:
             return
-        packs = {id(answer.seconds): answer.seconds for answer in self._answers}.values()
-        first = sum(seconds.image + seconds.prefill for seconds in packs)
-        decode = sum(seconds.decode for seconds in packs)
-        tokens = sum(len(answer.token_ids) - 1 for answer in self._answers)
-        count = len(self._answers)
-        parts = [f"{len(self._answers[0].prompt_token_ids)} prompt tokens"]
-        if count > 1:
-            parts = [f"{count} pictures in {first + decode:.1f} s"]
+        if self._pictures > 1:
+            parts = [f"{self._pictures} pictures in {self._first + self._decode:.1f} s"]
         else:
-            parts.append(f"first token after {first:.2f} s")
-        if tokens and decode:
-            parts.append(f"{tokens / decode:.1f} tokens/s")
+            parts = [f"{self._prompt} prompt tokens, first token after {self._first:.2f} s"]
+        if self._tokens and self._decode:
+            parts.append(f"{self._tokens / self._decode:.1f} tokens/s")
         if peak := _peak():
             parts.append(f"peak memory {peak / 1e9:.2f} GB")
         click.echo(f"npvlm: {', '.join(parts)}", err=True)

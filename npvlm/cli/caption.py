@@ -10,6 +10,7 @@ import click
 from npvlm.cli.asking import (
     answer_all,
     find_pictures,
+    is_one,
     max_tokens_option,
     split_last,
     stream,
@@ -53,8 +54,9 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 def caption(images: tuple[str, ...], lang: str, **given: Any) -> int:
     """Say what is on each IMAGE.
 
-    An IMAGE is a file, a folder, a pattern, or - for stdin. One picture streams its answer; several
-    print PATH<tab>ANSWER lines, in which a tab or line end is written as \\t, \\n.
+    An IMAGE is a file, a folder, a pattern, or - for stdin. One file streams its answer; anything
+    else prints PATH<tab>ANSWER lines, in which a backslash, tab or line end is written as
+    \\\\, \\t, \\n.
 
     \b
     npvlm caption photo.jpg --model paligemma-3b-mix-224
@@ -113,7 +115,7 @@ def _answer(
     """Ask, and print each answer as it comes."""
     pictures = find_pictures(images)
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
-    if len(pictures) == 1 and not as_json:
+    if is_one(images) and not as_json:
         stream(opened, pictures[0], prompt, max_tokens, quiet)
         return 0
 

@@ -16,7 +16,7 @@ from npvlm.cli.options import say_when_compiling
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("npvlm-demo.png"),
     show_default=True,
-    help="Where the picture with boxes goes.",
+    help="Where the picture goes; the one with boxes goes beside it, as NAME-boxes.png.",
 )
 def demo(output: Path) -> None:
     """Draw a picture and ask the bundled model about it: caption, count and boxes.
@@ -34,4 +34,5 @@ def demo(output: Path) -> None:
         place = f"x {box.x0:.0f} to {box.x1:.0f}, y {box.y0:.0f} to {box.y1:.0f}"
         click.echo(f"    {box.label}: {place}")
     count = len(shown.boxes)
-    click.echo(f"{count} boxes drawn on {output} ({shown.seconds:.1f} s).", err=True)
+    said = f"{count} boxes found on {output}, drawn on {shown.drawn} ({shown.seconds:.1f} s)."
+    click.echo(said, err=True)

@@ -12,7 +12,9 @@ from npvlm.cli.asking import (
     answer_all,
     box_columns,
     find_pictures,
+    is_one,
     max_tokens_option,
+    paths_of,
     split_last,
 )
 from npvlm.cli.lines import line
@@ -58,7 +60,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--output",
             type=click.Path(path_type=Path),
             metavar="PNG|FOLDER",
-            help="Where the drawn picture goes; for several pictures a folder.",
+            help="Where drawn pictures go: a name that ends in .png is a file, any other a folder.",
         ),
     ):
         command = option(command)
@@ -124,14 +126,16 @@ def _find(
 ) -> int:
     """Ask, print and draw each picture's things as they come."""
     from npvlm.answers.formats import COLUMNS, coco, csv_line, csv_lines, yolo_lines
+    from npvlm.answers.lines import json_line
     from npvlm.answers.tasks import labels_of
+    from npvlm.work.gallery import Gallery
 
     if as_json and form not in (None, "json"):
         raise click.UsageError(f"--json and --format {form} exclude each other: name one.")
     form = "json" if as_json else form or "text"
     pictures = find_pictures(images)
-    several = len(pictures) > 1
-    drawn = Drawn(output, cutouts, several)
+    several = not is_one(images)
+    gallery = Gallery(output, cutouts, paths_of(pictures), [Path(name) for name in images])
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
     kept: list[Detection] = []
     labels = labels_of(prompt)
@@ -151,21 +155,23 @@ def _find(
                 _echo_all(line([*front, text]) for text in yolo_lines(result, numbers))
             else:
                 _echo_all(line([*front, *box_columns(box)]) for box in result.boxes)
-        drawn.add(result)
+        gallery.add(result)
         if not quiet:
             _remark(result)
 
     numbers = {label: number for number, label in enumerate(labels)}
     code = answer_all(opened, pictures, prompt, max_tokens, show, quiet, int(bins))
     if form == "coco":
-        import json
-
-        click.echo(json.dumps(coco(kept), ensure_ascii=False))
+        click.echo(json_line(coco(kept)))
     if form == "yolo" and not quiet:
         classes = ", ".join(f"{number} {label}" for label, number in numbers.items())
         click.echo(f"npvlm: classes: {classes}", err=True)
-    if not quiet:
-        drawn.tell()
+    if not quiet and output is not None:
+        what = "1 picture" if gallery.drawn == 1 else f"{gallery.drawn} pictures"
+        click.echo(f"npvlm: {what} drawn: {output}", err=True)
+    if not quiet and cutouts is not None:
+        what = "1 thing" if gallery.cut == 1 else f"{gallery.cut} things"
+        click.echo(f"npvlm: {what} cut out: {cutouts}", err=True)
     return code
 
 
@@ -179,58 +185,8 @@ def _remark(result: Detection) -> None:
     name = result.answer.image
     if not result.boxes:
         click.echo(f"npvlm: {name}: nothing found.", err=True)
+    others = dict.fromkeys(b.label for b in result.boxes if b.label not in ("", *result.labels))
+    if others:
+        click.echo(f"npvlm: {name}: not asked for: {', '.join(others)}", err=True)
     for text in result.unread:
         click.echo(f"npvlm: {name}: no box: {text!r}", err=True)
-
-
-class Drawn:
-    """Where drawn pictures and cut-outs go; that there is such a place is seen to beforehand."""
-
-    def __init__(self, output: Path | None, cutouts: Path | None, several: bool) -> None:
-        from npvlm.errors import UsageError
-
-        self._output, self._cutouts = output, cutouts
-        self._folder = output is not None and (several or output.is_dir())
-        self._names: set[str] = set()
-        self._count = 0
-        if output is not None and not self._folder:
-            if output.suffix.lower() != ".png":
-                raise UsageError(
-                    f"{output} is no name for the picture, expected one ending in .png."
-                )
-            if not output.resolve().parent.is_dir():
-                raise UsageError(f"{output.parent} is no folder; make it first.")
-        for folder in (output if self._folder else None, cutouts):
-            if folder is not None:
-                if folder.exists() and not folder.is_dir():
-                    raise UsageError(f"{folder} is a file, expected a folder for several pictures.")
-                folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, result: Detection) -> None:
-        """Draw one picture's things."""
-        name = self._new_name(str(result.answer.image))
-        if self._output is not None:
-            result.draw(self._output / f"{name}.png" if self._folder else self._output)
-            self._count += 1
-        if self._cutouts is not None:
-            from npvlm.files.output import save_picture
-
-            for number, box in enumerate(result.boxes, 1):
-                save_picture(result.cut_out(box), self._cutouts / f"{name}-{number}.png")
-
-    def _new_name(self, image: str) -> str:
-        """The picture's own name without its ending; one that was there is numbered."""
-        stem = Path(image).stem.strip("-") or "picture"
-        name, number = stem, 2
-        while name in self._names:
-            name, number = f"{stem}-{number}", number + 1
-        self._names.add(name)
-        return name
-
-    def tell(self) -> None:
-        """Say where the pictures are."""
-        if self._output is not None and self._count:
-            what = f"{self._count} pictures in" if self._folder else "drawn on"
-            click.echo(f"npvlm: {what} {self._output}", err=True)
-        if self._cutouts is not None:
-            click.echo(f"npvlm: things cut out in {self._cutouts}", err=True)

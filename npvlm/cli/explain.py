@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from npvlm.cli.asking import one_picture
+from npvlm.cli.asking import max_tokens_option, one_picture, paths_of
 from npvlm.cli.options import (
     model_option,
     named_model,
@@ -44,13 +44,7 @@ OUTPUT = Path("npvlm-explain.png")
     help="Where the model looked; or what it needs, which takes 64 runs.",
 )
 @click.option("--answer", metavar="TEXT", help="Explain these words in place of the model's own.")
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    default=100,
-    show_default=True,
-    help="Most tokens of the model's answer.",
-)
+@max_tokens_option
 @click.option("--json", "as_json", is_flag=True, help="Words, probabilities and heats on stdout.")
 @model_option
 @precision_option
@@ -63,7 +57,7 @@ def explain(
     html: Path | None,
     method: str,
     answer: str | None,
-    max_tokens: int,
+    max_tokens: int | None,
     as_json: bool,
     model: str | None,
     precision: str | None,
@@ -78,19 +72,20 @@ def explain(
     Attention shows where the model looked as it chose a word, not that this decided it. Occlusion
     covers one part after another and measures how far the odds of the word fall.
     """
-    output = OUTPUT if output is None and html is None else output
-    if output is not None and output.suffix.lower() != ".png":
-        raise click.UsageError(f"{output} is no name for the picture, expected one ending in .png.")
+    from npvlm.answers.tasks import max_tokens as usual
+    from npvlm.work.gallery import check_output
 
-    for place in filter(None, (output, html)):
-        if not place.expanduser().absolute().parent.is_dir():
-            raise click.UsageError(f"{place.parent} is no folder; make it first.")
+    output = OUTPUT if output is None and html is None else output
+    picture = one_picture(image)
+    if output is not None:
+        check_output(output, ".png", paths_of([picture]))
+    if html is not None:
+        check_output(html, ".html", paths_of([picture]))
 
     def say(what: str) -> None:
         if not quiet:
             click.echo(f"npvlm: {what}", err=True)
 
-    picture = one_picture(image)
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
 
     def tell(done: int, of: int) -> None:
@@ -98,12 +93,17 @@ def explain(
             say(f"{done} of {of} parts of the picture were covered.")
 
     found = opened.explain(
-        picture, prompt, answer=answer, method=method, max_tokens=max_tokens, tell=tell
+        picture,
+        prompt,
+        answer=answer,
+        method=method,
+        max_tokens=max_tokens or usual(prompt),
+        tell=tell,
     )
+    click.echo(found.to_json() if as_json else found.answer)
     if output is not None:
         found.draw(output)
         say(f"{output} shows the picture once for each of {len(found.words)} words.")
     if html is not None:
         found.html(html)
         say(f"{html} shows it in a browser.")
-    click.echo(found.to_json() if as_json else found.answer)

@@ -31,7 +31,7 @@ def list_pictures(names: Sequence[str | Path]) -> list[Path]:
     Raises
     ------
     NpvlmError
-        For a name that names nothing, a folder without pictures, or one that cannot be read.
+        For a name that names nothing, or a folder without pictures.
     """
     found: dict[Path, Path] = {}
     for name in names:
@@ -63,18 +63,19 @@ def _named(name: str) -> list[Path]:
 def _below(folder: Path) -> list[Path]:
     """All pictures in and below a folder."""
     suffixes = picture_suffixes()
-    found = sorted(path for path in _files(folder) if path.suffix.lower() in suffixes)
+    found = sorted(p for p in _files(folder) if p.suffix.lower() in suffixes or p.is_dir())
     if not found:
         raise NpvlmError(f"{folder} holds no picture; name its files if they end otherwise.")
     return found
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files in and below a folder that are not hidden; links to folders are not followed."""
-    for at, folders, files in os.walk(folder, onerror=_refuse):
+    """All files in and below a folder that are not hidden; links to folders are not followed.
+
+    A folder that cannot be read stands for itself: whoever opens it is told why.
+    """
+    closed: list[str] = []
+    for at, folders, files in os.walk(folder, onerror=lambda error: closed.append(error.filename)):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(at, name) for name in files if not name.startswith("."))
-
-
-def _refuse(error: OSError) -> None:
-    raise NpvlmError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    yield from map(Path, closed)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from npvlm.errors import NpvlmError
 from npvlm.model.vqvae import CODEBOOK
@@ -58,8 +58,10 @@ def open_mask_decoder(path: Path) -> Weights:
     """
     try:
         tensors = _read(path)
-    except (OSError, ValueError, zipfile.BadZipFile, SafetensorError, EOFError) as error:
-        reason = " ".join(str(error).split())[:120]
+    except NpvlmError:
+        raise
+    except Exception as error:  # a damaged archive makes its readers raise nearly anything
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise NpvlmError(f"{path} is no mask decoder that can be read ({reason}).") from error
     for name, shape in _shapes().items():
         if name not in tensors:
@@ -77,7 +79,15 @@ def _read(path: Path) -> dict[str, Weight]:
     wanted = _shapes()
     if path.suffix == ".npz":
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {name: file[name].astype(np.float32) for name in wanted if name in file.files}
+            return {name: _floats(file[name], path, name) for name in wanted if name in file.files}
     with safe_open(path, framework="numpy") as file:
         held = set(file.keys())
-        return {name: file.get_tensor(name).astype(np.float32) for name in wanted if name in held}
+        return {name: _floats(file.get_tensor(name), path, name) for name in wanted if name in held}
+
+
+def _floats(array: Any, path: Path, name: str) -> Weight:
+    """An array as float32, if it is one of fractions."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        kind = getattr(array, "dtype", type(array).__name__)
+        raise NpvlmError(f"{path}: {name} is {kind}, expected floating-point numbers.")
+    return array.astype(np.float32)

@@ -45,7 +45,7 @@ def new_file(path: Path) -> Iterator[Path]:
         raise NpvlmError(f"{path} is no regular file, expected a place for one.")
     draft = None
     try:
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, draft = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
         os.close(handle)
         yield Path(draft)
         Path(draft).chmod(0o666 & ~_umask())
@@ -57,6 +57,25 @@ def new_file(path: Path) -> Iterator[Path]:
     finally:
         if draft is not None:
             Path(draft).unlink()
+
+
+def check_place(path: Path) -> None:
+    """See before the work whether a file can be written, as far as that can be told.
+
+    Raises
+    ------
+    UsageError
+        Where there is no folder around it.
+    NpvlmError
+        Where it may not be written.
+    """
+    path = path.expanduser().resolve()
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is no folder; make it first.")
+    if path.exists() and not path.is_file():
+        raise NpvlmError(f"{path} is no regular file, expected a place for one.")
+    if not os.access(path.parent, os.W_OK):
+        raise NpvlmError(f"{path.parent} may not be written to; name another place.")
 
 
 def check_new(folder: Path) -> None:

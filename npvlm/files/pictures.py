@@ -5,6 +5,8 @@ Axis letters: R height and width after resizing.
 
 from __future__ import annotations
 
+import io
+import os
 import stat
 import struct
 import warnings
@@ -19,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from npvlm.config import Config, Fields, read_json
 from npvlm.errors import NpvlmError, UsageError
 
-Picture = str | Path | BinaryIO | Image.Image | NDArray[np.uint8]
+Picture = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 
 _FILTERS = range(6)  # nearest, Lanczos, bilinear, bicubic, box, Hamming: the same in all releases
 _CLEAR_MODES = ("RGBA", "LA", "PA")
@@ -46,8 +48,9 @@ def open_picture(source: Picture) -> Image.Image:
 
     Parameters
     ----------
-    source : str, Path, binary stream, PIL image or uint8 array [H, W], [H, W, 3] or [H, W, 4]
-        A file that Pillow reads, or what it made of one; colours come as red, green, blue, opacity.
+    source : str, Path, bytes, binary stream, PIL image or uint8 array
+        A file that Pillow reads, its content, or what it made of one; an array is [H, W], [H, W, 3]
+        or [H, W, 4]: red, green, blue, opacity.
 
     Returns
     -------
@@ -60,6 +63,8 @@ def open_picture(source: Picture) -> Image.Image:
     """
     if isinstance(source, str) and not source:
         raise NpvlmError("a picture's name is empty, expected the path of a file")
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
     if isinstance(source, np.ndarray):
         source = _from_array(source)
     if isinstance(source, str | Path):
@@ -72,12 +77,18 @@ def open_picture(source: Picture) -> Image.Image:
             # Pillow warns of what it reads all the same, and of half the size that it refuses.
             warnings.simplefilter("ignore")
             if isinstance(source, Image.Image):
+                if not (source.width and source.height):
+                    raise NpvlmError(
+                        f"{said} is {source.width} x {source.height} pixels; is it one?"
+                    )
                 return to_rgb(_upright(source), said)
             with Image.open(source) as picture:
                 picture.load()
                 return to_rgb(_upright(picture), said)
     except NpvlmError:
         raise
+    except PermissionError as error:
+        raise NpvlmError(f"{said} cannot be opened: {error.strerror}") from None
     except UnidentifiedImageError:
         raise NpvlmError(f"{said} is no picture that Pillow can read; give a PNG or JPEG") from None
     except Image.DecompressionBombError:
@@ -223,6 +234,8 @@ def _check_file(path: Path, said: str) -> None:
         if any(mark in said for mark in "*?["):
             reason += "; does no file match the pattern?"
         raise NpvlmError(f"{said} cannot be opened: {reason}") from None
+    if stat.S_ISDIR(mode) and not os.access(path, os.R_OK | os.X_OK):
+        raise NpvlmError(f"{said} is a folder that may not be read")
     if stat.S_ISDIR(mode):
         raise NpvlmError(f"{said} is a folder, expected a picture")
     if not stat.S_ISREG(mode):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from npvlm.answers.boxes import Box
 from npvlm.api import load
+from npvlm.files.output import save_picture
 from npvlm.work.scenes import Thing, draw_things
 
 SIZE = 448
@@ -23,10 +24,11 @@ QUESTION, LABELS = "how many shapes?", "red circle ; blue square"
 
 @dataclass(frozen=True)
 class Shown:
-    """What the demo asked, what the model said, and how long it took."""
+    """What the demo asked, what the model said, where it is drawn, and how long it took."""
 
     answers: list[tuple[str, str]]
     boxes: list[Box]
+    drawn: Path
     seconds: float
 
 
@@ -38,11 +40,14 @@ def draw_picture() -> Image.Image:
 
 
 def run_demo(output: Path) -> Shown:
-    """Ask the bundled model about the demo's picture and write the boxes it names to a PNG."""
+    """Write the demo's picture, ask the bundled model about it, and draw what it finds."""
+    drawn = output.with_name(f"{output.stem}-boxes{output.suffix}")
+    picture = draw_picture()
+    save_picture(picture, output)
     model, began = load("shapes"), time.perf_counter()
-    seen = model.look(draw_picture())
+    seen = model.look(picture)
     found = model.detect(seen, LABELS)
     answers = [model.caption(seen), model.ask(seen, QUESTION), found.answer]
-    found.draw(output)
+    found.draw(drawn)
     seconds = time.perf_counter() - began
-    return Shown([(a.prompt, a.text) for a in answers], found.boxes, seconds)
+    return Shown([(a.prompt, a.text) for a in answers], found.boxes, drawn, seconds)
