@@ -7,6 +7,7 @@ from pathlib import Path
 
 from npvlm.answers.detection import Detection
 from npvlm.errors import UsageError
+from npvlm.files.listing import picture_suffixes
 from npvlm.files.output import check_place, save_picture
 
 
@@ -38,6 +39,9 @@ class Gallery:
         named: Sequence[Path],
     ) -> None:
         self._sources = {path.resolve() for path in sources}
+        others = picture_suffixes() - {".png"}
+        if output and not output.is_dir() and output.suffix.lower() in others:
+            raise UsageError(f"{output}: drawn pictures are PNG; name one, or a folder.")
         self._file = output if output and _is_png(output) and not output.is_dir() else None
         self._folder = None if self._file else output
         self._cutouts = cutouts
