@@ -98,14 +98,9 @@ def test_an_example_does_what_it_says(place: Path, line: str) -> None:
         assert (place / name).exists(), f"{name} is not there"
 
 
-def test_every_command_shows_an_example() -> None:
-    for name, command in commands.commands.items():
-        assert re.search(rf"^\s*(scan \| )?npvlm {name}\b", command.help or "", re.MULTILINE), name
-
-
-def test_the_python_of_the_readme_runs(place: Path) -> None:
-    [code] = [block for kind, block in BLOCKS if kind == "python"]
-    result = subprocess.run(
+def run_python(place: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python that imports npvlm."""
+    return subprocess.run(
         [sys.executable, "-c", code],
         cwd=place,
         capture_output=True,
@@ -113,5 +108,25 @@ def test_the_python_of_the_readme_runs(place: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=False,
     )
+
+
+def test_every_command_shows_an_example() -> None:
+    for name, command in commands.commands.items():
+        assert re.search(rf"^\s*(scan \| )?npvlm {name}\b", command.help or "", re.MULTILINE), name
+
+
+def test_the_python_of_the_readme_runs(place: Path) -> None:
+    [code] = [block for kind, block in BLOCKS if kind == "python"]
+    result = run_python(place, code)
     assert result.returncode == 0, result.stderr
     assert "a red circle" in result.stdout and '"error"' in result.stdout
+
+
+def test_the_python_of_the_page_of_answers_runs(prepared: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(prepared, tmp_path / "place"))
+    page = (ROOT / "docs" / "answers.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    result = run_python(place, code)
+    assert result.returncode == 0, result.stderr
+    assert "absent.png absent.png cannot be opened" in result.stdout
+    assert (place / "masks.png").exists() and (place / "circle.png").exists()
