@@ -6,15 +6,16 @@ V vocabulary.
 
 from __future__ import annotations
 
+import io
 import math
+import operator
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import repeat
+from itertools import repeat, zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ from PIL import Image
 from npvlm.answers import tasks
 from npvlm.answers.answer import Answer, Seconds
 from npvlm.answers.attention import AttentionTap
-from npvlm.answers.boxes import BINS
+from npvlm.answers.boxes import BINS, Box
 from npvlm.answers.confidence import PlaceWatch
 from npvlm.answers.detection import Detection, read_detection
 from npvlm.answers.explaining import words_of
@@ -65,7 +66,19 @@ BUNDLED = Path(__file__).parent / "bundled"
 # first answer is there only when all are, and a prefill takes memory for every token.
 PACKED_SEQUENCES, PACKED_TOKENS = 8, 4096
 
-__all__ = ["Answer", "Detection", "Failed", "Model", "Piece", "Seconds", "Seen", "load"]
+__all__ = [
+    "Answer",
+    "Box",
+    "Detection",
+    "Explanation",
+    "Failed",
+    "Model",
+    "Piece",
+    "Scores",
+    "Seconds",
+    "Seen",
+    "load",
+]
 
 
 # One computation at a time: several Python threads may not start parallel kernels at once.
@@ -191,7 +204,7 @@ class Seen:
     features: Array | None = field(default=None, repr=False)
 
 
-Shown = Picture | Seen  # what may be asked about
+Shown = Picture | bytes | Seen  # what may be asked about
 
 
 @dataclass(frozen=True)
@@ -256,11 +269,14 @@ class Model:
         Parameters
         ----------
         images : one picture, or one per answer; a list in its place puts several pictures in front
-            of one prompt. A picture is a path, an open binary file or a PIL image
+            of one prompt. A picture is a path, an open binary file, the bytes of a file, a PIL
+            image, a uint8 array (height, width, 3), or what `look` gives
         prompts : one for all pictures, or one for each
         max_tokens : most tokens of an answer, 1 or more
         temperature, top_k, top_p : greedy unless one is given; temperature 0 is greedy always
-        seed : of every answer's own random generator; drawn where none is given
+        seed : of every answer's own random generator, the same for all, so that each can be drawn
+            again alone; drawn where none is given. Several draws about one picture need as many
+            calls, each with its own seed
         beams : answers that are written side by side, of which the one with the highest mean
             log-probability is given (transformers' num_beams); more than 1 excludes drawing
 
@@ -360,8 +376,7 @@ class Model:
         True
         >>> found.draw("boxes.png")
         """
-        seen = self.prepare(image)
-        return self.detection(self._one(seen, tasks.detect_prompt(labels), max_tokens), seen, bins)
+        return self._find(image, tasks.detect_prompt(labels), max_tokens, bins)
 
     def segment(
         self,
@@ -387,12 +402,11 @@ class Model:
         'RGBA'
         """
         self.mask_decoder  # noqa: B018 (where it is missing, that is said before the work)
-        seen = self.prepare(image)
-        return self.detection(self._one(seen, tasks.segment_prompt(labels), max_tokens), seen, bins)
+        return self._find(image, tasks.segment_prompt(labels), max_tokens, bins)
 
     def batch(
         self,
-        images: Iterable[Shown],
+        images: Shown | Iterable[Shown],
         prompts: str | Iterable[str],
         *,
         max_tokens: int | None = None,
@@ -400,14 +414,18 @@ class Model:
     ) -> Iterator[Answer | Detection | Failed]:
         """Answer about any number of pictures, in their order, as soon as each answer is there.
 
-        Several are answered together, and pictures are read while the model works. A picture that
-        cannot be read gives a Failed in its place, and the rest goes on. Prompts that begin with
-        `detect` or `segment` give a Detection, all others an Answer; each is what the picture alone
-        would give, bit for bit.
+        Several are answered together, and files are read while the model works: up to two packs of
+        eight pictures are taken before the first of them is answered. A picture that is no path is
+        read before the next one is asked for, so a buffer may be used again and a file closed. A
+        picture that cannot be read gives a Failed in its place, and the rest goes on. Where
+        `images` or `prompts` raise something, what came before is answered first.
+
+        Prompts that begin with `detect` or `segment` give a Detection, all others an Answer; each
+        is what the picture alone would give, with kernels bit for bit, without them up to rounding.
 
         Parameters
         ----------
-        images : one picture for each answer
+        images : one picture for each answer, or a single one
         prompts : one for all pictures, or one for each
         max_tokens : most tokens of an answer; by default what its task needs
         bins : as in `detect`
@@ -415,7 +433,8 @@ class Model:
         Raises
         ------
         UsageError
-            For numbers out of range, or more prompts than pictures, or fewer.
+            At once for numbers out of range; where it is come to for what is no picture or no text,
+            or more prompts than pictures, or fewer.
         NpvlmError
             Where a mask is asked for and the model has no mask decoder.
 
@@ -427,42 +446,64 @@ class Model:
         absent.png cannot be opened: No such file or directory
         """
         _check_bins(bins)
-        if isinstance(prompts, str):
-            prompts = repeat(prompts)
-            pairs: Iterable[tuple[Shown, str]] = zip(images, prompts, strict=False)
-        else:
-            pairs = _pairs(images, prompts)
-        pack: list[Failed | tuple[Seen, str]] = []
-        for asked in self._read_ahead(pairs, max_tokens):
-            pack.append(asked)
-            if len(pack) == PACKED_SEQUENCES:
-                yield from self._answer_pack(pack, max_tokens, bins)
-                pack = []
-        yield from self._answer_pack(pack, max_tokens, bins)
+        if max_tokens is not None:
+            _check_whole("max_tokens", max_tokens, 1)
+            self._layout("", 1, max_tokens)  # more than fits behind any prompt
+        return self._batch(_pairs(images, prompts), max_tokens, bins)
+
+    def _batch(
+        self, pairs: Iterable[tuple[Shown, str]], max_tokens: int | None, bins: int
+    ) -> Iterator[Answer | Detection | Failed]:
+        """Answer pack by pack; what ends the pairs early is raised when the rest is answered."""
+        asked = _UntilError(self._possible(pairs))
+        for pack in self._read_ahead(asked, max_tokens):
+            yield from self._answer_pack(pack, max_tokens, bins)
+        if asked.error:
+            raise asked.error
+
+    def _possible(self, pairs: Iterable[tuple[Shown, str]]) -> Iterator[tuple[Shown, str]]:
+        """The pairs up to one that is none, or asks for what the model has not."""
+        for image, prompt in pairs:
+            _check_picture(image)
+            _check_text("a prompt", prompt)
+            if tasks.task_of(prompt) == "segment":
+                self.mask_decoder  # noqa: B018 (where it is missing, that is said before the work)
+            yield image, prompt
 
     def _read_ahead(
         self, pairs: Iterable[tuple[Shown, str]], max_tokens: int | None
-    ) -> Iterator[Failed | tuple[Seen, str]]:
-        """Prepare pictures in a thread of its own, up to two packs before they are needed."""
+    ) -> Iterator[list[Failed | tuple[Seen, str]]]:
+        """Packs of prepared pictures; the files of one are read while the one before is answered.
+
+        Only files are left to a thread: anything else may change when the next one is asked for.
+        """
 
         def prepare(image: Shown, prompt: str) -> Failed | tuple[Seen, str]:
             try:
-                self._layout(prompt, 1, max_tokens or tasks.max_tokens(prompt))
+                self._layout(prompt, 1, _limit(max_tokens, prompt))
                 if tasks.task_of(prompt) in ("detect", "segment"):
                     tasks.labels_of(prompt)  # that there is none is found before the work
                 return self.prepare(image), prompt
             except NpvlmError as error:
                 return Failed(_name(image), prompt, str(error))
 
+        def pack() -> list[Failed | tuple[Seen, str]]:
+            first = ahead[:PACKED_SEQUENCES]
+            del ahead[:PACKED_SEQUENCES]
+            return [entry.result() if isinstance(entry, Future) else entry for entry in first]
+
+        ahead: list[Failed | tuple[Seen, str] | Future[Failed | tuple[Seen, str]]] = []
         reader = ThreadPoolExecutor(1)
         try:
-            ahead: deque[Future[Failed | tuple[Seen, str]]] = deque()
             for image, prompt in pairs:
-                ahead.append(reader.submit(prepare, image, prompt))
+                is_file = isinstance(image, (str, Path))
+                ahead.append(
+                    reader.submit(prepare, image, prompt) if is_file else prepare(image, prompt)
+                )
                 if len(ahead) == 2 * PACKED_SEQUENCES:
-                    yield ahead.popleft().result()
+                    yield pack()
             while ahead:
-                yield ahead.popleft().result()
+                yield pack()
         finally:
             reader.shutdown(cancel_futures=True)
 
@@ -471,9 +512,7 @@ class Model:
     ) -> Iterator[Answer | Detection | Failed]:
         """Answer those of a pack that can be answered, and hand on all in their order."""
         asked = [entry for entry in pack if not isinstance(entry, Failed)]
-        if any(tasks.task_of(prompt) == "segment" for _, prompt in asked):
-            self.mask_decoder  # noqa: B018 (where it is missing, that is said before the work)
-        limits = [max_tokens or tasks.max_tokens(prompt) for _, prompt in asked]
+        limits = [_limit(max_tokens, prompt) for _, prompt in asked]
         images, prompts = [seen for seen, _ in asked], [prompt for _, prompt in asked]
         events = self.events(images, prompts, Sampling(), max_tokens=limits)
         answers = (event for event in events if isinstance(event, Answer))
@@ -488,7 +527,14 @@ class Model:
 
     def _one(self, image: Shown, prompt: str, max_tokens: int | None) -> Answer:
         """One answer about one picture."""
-        return self.generate(image, prompt, max_tokens=max_tokens or tasks.max_tokens(prompt))[0]
+        _check_picture(image)
+        return self.generate(image, prompt, max_tokens=_limit(max_tokens, prompt))[0]
+
+    def _find(self, image: Shown, prompt: str, max_tokens: int | None, bins: int) -> Detection:
+        """The things that a prompt asks for on one picture."""
+        _check_bins(bins)
+        seen = self.prepare(image)
+        return self.detection(self._one(seen, prompt, max_tokens), seen, bins)
 
     def detection(self, answer: Answer, seen: Seen, bins: int = BINS) -> Detection:
         """Read the boxes and masks of an answer to a `detect` or `segment` prompt."""
@@ -521,16 +567,24 @@ class Model:
         -------
         logits [T, V], float32, after the soft-cap, for image tokens, prompt and answer
         """
-        answer = np.array(answer_ids, np.int64)
-        vocabulary = self.config.text_config.vocab_size
-        if answer.ndim != 1 or np.any((answer < 0) | (answer >= vocabulary)):
-            raise UsageError(f"answer_ids must be a list of ids from 0 to {vocabulary - 1}.")
+        answer = self._known_ids(answer_ids)
         pictures = _as_list(images)
         ids = self._layout(prompt, len(pictures), len(answer))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         w, config = self.weights, self.config
         with _COMPUTING:
             return logits(ids, answer, features, w, config, ops=self.ops, tap=closed)
+
+    def _known_ids(self, ids: Sequence[int]) -> Index:
+        """Ids as an array, if all of them are in the vocabulary."""
+        most = self.config.text_config.vocab_size - 1
+        try:
+            whole = [operator.index(i) for i in ids]
+        except TypeError:  # fractions, texts, or no list at all
+            whole = [-1]
+        if any(not 0 <= i <= most for i in whole):
+            raise UsageError(f"answer_ids must be a list of ids from 0 to {most}.")
+        return np.array(whole, np.int64)
 
     def score(
         self, images: Shown | Sequence[Shown], prompt: str, answers: str | Sequence[str]
@@ -555,9 +609,7 @@ class Model:
         NpvlmError
             For a picture that cannot be read.
         """
-        texts = [answers] if isinstance(answers, str) else list(answers)
-        if not all(isinstance(text, str) for text in [prompt, *texts]):
-            raise UsageError("prompt or answers hold something that is no text, expected texts.")
+        texts = _texts("answers", answers)
         if not texts:
             raise UsageError("there is no answer to score, expected one or more.")
         if any(self.tokenizer.strip_image_marks(text)[1] for text in texts):
@@ -610,6 +662,9 @@ class Model:
         """
         if method not in METHODS:
             raise UsageError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
+        _check_text("prompt", prompt)
+        if answer is not None:
+            _check_text("answer", answer)
         shown = self.prepare(image)
         ids = self._explained_ids(shown, prompt, answer, max_tokens)
         prefix, pixels = self._layout(prompt, 1, len(ids)), shown.pixels
@@ -675,34 +730,34 @@ class Model:
         one number for all, or one for each. Beams have no text before the search is over.
         """
         limits = [*max_tokens] if isinstance(max_tokens, Sequence) else [max_tokens]
-        whole = [("max_tokens", limit) for limit in limits]
-        for name, number in (*whole, ("seed", seed), ("beams", beams)):
-            if type(number) is not int and (name, number) != ("seed", None):
-                raise UsageError(f"{name} is {number!r}, expected a whole number.")
-        if min(limits, default=1) < 1:
-            raise UsageError(f"max_tokens is {min(limits)}, expected 1 or more.")
-        if beams < 1:
-            raise UsageError(f"beams is {beams}, expected 1 or more.")
+        for limit in limits:
+            _check_whole("max_tokens", limit, 1)
+        _check_whole("beams", beams, 1)
+        if seed is not None:
+            _check_whole("seed", seed, 0)
         if beams > 1 and not sampling.greedy:
             raise UsageError(
                 "beams draw nothing: leave out temperature, top-k and top-p, or beams."
             )
-        if seed is not None and seed < 0:
-            raise UsageError(f"seed is {seed}, expected 0 or a larger whole number.")
         if sampling.greedy:
             seed = None
         elif seed is None:
             seed = draw_seed()
         entries = _as_list(images)
-        prompts = [prompts] * len(entries) if isinstance(prompts, str) else list(prompts)
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise UsageError("prompts hold something that is no text, expected one or several.")
+        single = isinstance(prompts, str)
+        prompts = _texts("prompts", prompts) * (len(entries) if single else 1)
         if len(prompts) != len(entries):
             raise UsageError(
                 f"{len(prompts)} prompts for {len(entries)} pictures; expected one prompt for "
                 "all, or one for each."
             )
-        limits = limits if isinstance(max_tokens, Sequence) else limits * len(entries)
+        if not isinstance(max_tokens, Sequence):
+            limits *= len(entries)
+        if len(limits) != len(entries):
+            raise UsageError(
+                f"{len(limits)} numbers of max_tokens for {len(entries)} pictures; expected one "
+                "for all, or one for each."
+            )
         sequences = []
         for index, (entry, prompt, limit) in enumerate(zip(entries, prompts, limits, strict=True)):
             pictures = _as_list(entry)
@@ -795,12 +850,15 @@ class Model:
 
         Raises
         ------
+        UsageError
+            For anything but one picture.
         NpvlmError
             For a picture that cannot be read.
         """
+        _check_picture(picture)
         if isinstance(picture, Seen):
             return picture
-        rgb = open_picture(picture)
+        rgb = open_picture(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
         kept = picture if isinstance(picture, (str, Path)) else rgb  # a stream is read only once
         pixels = pixel_values(rgb, self.preprocessor)
         return Seen(_name(picture), kept, rgb.width, rgb.height, pixels)
@@ -817,6 +875,7 @@ class Model:
 
     def _layout(self, prompt: str, pictures: int, answer: int) -> Index:
         """The ids of one sequence; a typed `<image>` is dropped, the pictures come first anyway."""
+        _check_text("prompt", prompt)
         if pictures == 0:
             raise UsageError("PaliGemma needs a picture for every prompt; none was given.")
         text, _ = self.tokenizer.strip_image_marks(prompt)
@@ -835,31 +894,99 @@ def _check_bins(bins: int) -> None:
         raise UsageError(f"bins is {bins}, expected {BINS} or {BINS - 1}.")
 
 
-def _pairs(images: Iterable[Shown], prompts: Iterable[str]) -> Iterator[tuple[Shown, str]]:
-    """Each picture with its prompt; that one kind runs out first is found when it does."""
-    try:
-        yield from zip(images, prompts, strict=True)
-    except ValueError:
-        raise UsageError(
-            "there are not as many prompts as pictures, expected one for each, or one for all."
-        ) from None
+def _check_whole(name: str, number: Any, least: int) -> None:
+    if type(number) is not int:
+        raise UsageError(f"{name} is {number!r}, expected a whole number.")
+    if number < least:
+        raise UsageError(f"{name} is {number}, expected {least} or more.")
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise UsageError(f"{name} is of type {type(text).__name__}, expected text.")
+
+
+def _texts(name: str, given: Any) -> list[str]:
+    """One text or several, as a list."""
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    texts = [*given] if several else [given]
+    if not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{name} hold something that is no text, expected one or several.")
+    return texts
+
+
+def _limit(asked: int | None, prompt: str) -> int:
+    """Most tokens of an answer: what is asked for, or what the task needs."""
+    return tasks.max_tokens(prompt) if asked is None else asked
 
 
 def _is_one(value: Any) -> bool:
     """Whether this is one picture, not several."""
-    return isinstance(value, (str, Path, Image.Image, np.ndarray, Seen)) or hasattr(value, "read")
+    kinds = (str, Path, bytes, Image.Image, np.ndarray, Seen)
+    return isinstance(value, kinds) or hasattr(value, "read")
+
+
+def _check_several(value: Any) -> None:
+    if not isinstance(value, Iterable) or hasattr(value, "__array__"):
+        raise UsageError(
+            f"a picture is of type {type(value).__name__}, expected a path, an open file or its "
+            "bytes, a PIL image or a uint8 array."
+        )
+
+
+def _check_picture(value: Any) -> None:
+    if not _is_one(value):
+        _check_several(value)
+        raise UsageError(
+            f"a {type(value).__name__} is given where one picture is expected; batch takes several."
+        )
 
 
 def _as_list(value: Any) -> list[Any]:
     """One picture or several, as a list."""
     if _is_one(value):
         return [value]
-    if isinstance(value, Iterable) and not hasattr(value, "__array__"):
-        return list(value)
-    kind = type(value).__name__
-    raise UsageError(
-        f"a picture is of type {kind}, expected a path, an open file, a PIL image or a uint8 array."
-    )
+    _check_several(value)
+    return list(value)
+
+
+def _pairs(
+    images: Shown | Iterable[Shown], prompts: str | Iterable[str]
+) -> Iterator[tuple[Shown, str]]:
+    """Each picture with its prompt, taken as they are asked for."""
+    several: Iterable[Any] = [images] if _is_one(images) else images  # type: ignore[assignment]
+    _check_several(several)
+    if isinstance(prompts, str):
+        return zip(several, repeat(prompts), strict=False)
+    if not isinstance(prompts, Iterable):
+        kind = type(prompts).__name__
+        raise UsageError(f"prompts are of type {kind}, expected one text or several.")
+    return _one_each(several, prompts)
+
+
+def _one_each(images: Iterable[Shown], prompts: Iterable[str]) -> Iterator[tuple[Shown, str]]:
+    """Pairs of both; that one kind runs out first is found when it does."""
+    missing: Any = object()
+    for image, prompt in zip_longest(images, prompts, fillvalue=missing):
+        if image is missing or prompt is missing:
+            raise UsageError(
+                "there are not as many prompts as pictures, expected one for each, or one for all."
+            )
+        yield image, prompt
+
+
+class _UntilError:
+    """What an iterable gives before it raises something, which is kept for later."""
+
+    def __init__(self, source: Iterable[tuple[Shown, str]]) -> None:
+        self._source = source
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[tuple[Shown, str]]:
+        try:
+            yield from self._source
+        except Exception as error:
+            self.error = error
 
 
 def _key(picture: Shown) -> str | int:
