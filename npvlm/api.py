@@ -903,7 +903,7 @@ def _check_whole(name: str, number: Any, least: int) -> None:
 
 def _check_text(name: str, text: Any) -> None:
     if not isinstance(text, str):
-        raise UsageError(f"{name} is of type {type(text).__name__}, expected text.")
+        raise UsageError(f"{name} is of type {type(text).__name__}, which is no text.")
 
 
 def _texts(name: str, given: Any) -> list[str]:

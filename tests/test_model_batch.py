@@ -165,8 +165,8 @@ def test_bad_use_is_said_when_it_comes_and_what_came_before_is_answered(
     cases: list[tuple[Any, Any, str]] = [
         ([*good, paths[0]], asked, "as many prompts as pictures"),
         (good, [*asked, "ocr"], "as many prompts as pictures"),
-        (paths, [*asked, 7], "a prompt is of type int, expected text"),
-        (paths, [*asked, None], "a prompt is of type NoneType, expected text"),
+        (paths, [*asked, 7], "a prompt is of type int, which is no text"),
+        (paths, [*asked, None], "a prompt is of type NoneType, which is no text"),
         ([*good, None], QUESTION, "a picture is of type NoneType"),
         ([*good, [paths[0]]], QUESTION, "a list is given where one picture is expected"),
     ]
