@@ -12,17 +12,13 @@ import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import repeat, zip_longest
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from npvlm.answers import tasks
 from npvlm.answers.answer import Answer, Seconds
@@ -32,13 +28,26 @@ from npvlm.answers.confidence import PlaceWatch
 from npvlm.answers.detection import Detection, read_detection
 from npvlm.answers.explaining import words_of
 from npvlm.answers.explanation import METHODS, Explanation
-from npvlm.answers.lines import json_line
 from npvlm.answers.occlusion import occlude
 from npvlm.answers.reading import read_answer
 from npvlm.answers.scores import Scores, candidates
+from npvlm.asked import (
+    Failed,
+    Seen,
+    Shown,
+    as_list,
+    check_picture,
+    check_text,
+    check_whole,
+    key_of,
+    name_of,
+    names_of,
+    pairs_of,
+    texts_of,
+)
 from npvlm.config import PRECISIONS, Config, read_config
 from npvlm.decoding.beams import beam_search
-from npvlm.decoding.generate import Token, generate, logits
+from npvlm.decoding.generate import generate, logits
 from npvlm.decoding.prompt import TextStream, layout
 from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.decoding.score import score
@@ -48,7 +57,6 @@ from npvlm.files.checkpoint import open_checkpoint
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.packed import at_precision
 from npvlm.files.pictures import (
-    Picture,
     Preprocessor,
     open_picture,
     pixel_values,
@@ -60,11 +68,9 @@ from npvlm.model import paligemma, vqvae
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap, closed
 from npvlm.model.weights import PACKERS, Array, Packer, Weights
+from npvlm.packs import Prepared, Started, UntilError, packs_of, read_ahead
 
 BUNDLED = Path(__file__).parent / "bundled"
-# Sequences answered together, and prefix tokens read together: more would be faster still, but the
-# first answer is there only when all are, and a prefill takes memory for every token.
-PACKED_SEQUENCES, PACKED_TOKENS = 8, 4096
 
 __all__ = [
     "Answer",
@@ -183,60 +189,6 @@ class Piece:
 
     index: int
     text: str
-
-
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """A picture as the model reads it, to ask about it again and again.
-
-    name : how answers call it
-    source : the picture
-    width, height : in pixels, upright
-    pixels : float32 [3, R, R]
-    features : what the image tower makes of it [P, D], once it has looked
-    """
-
-    name: str
-    source: Picture = field(repr=False)
-    width: int
-    height: int
-    pixels: NDArray[np.float32] = field(repr=False)
-    features: Array | None = field(default=None, repr=False)
-
-
-Shown = Picture | bytes | Seen  # what may be asked about
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A question about a picture that could not be answered, and why, in one sentence."""
-
-    image: str
-    prompt: str
-    error: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The three fields."""
-        return asdict(self)
-
-    def to_json(self) -> str:
-        """One line of JSON with the three fields."""
-        return json_line(self.to_dict())
-
-
-@dataclass
-class _Sequence:
-    """One answer in the making."""
-
-    index: int
-    image: str | list[str]
-    pictures: list[Shown]
-    prompt: str
-    ids: Index
-    max_tokens: int
-    chooser: PlaceWatch
-    text: TextStream
-    tokens: list[Token] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -447,16 +399,26 @@ class Model:
         """
         _check_bins(bins)
         if max_tokens is not None:
-            _check_whole("max_tokens", max_tokens, 1)
+            check_whole("max_tokens", max_tokens, 1)
             self._layout("", 1, max_tokens)  # more than fits behind any prompt
-        return self._batch(_pairs(images, prompts), max_tokens, bins)
+        return self._batch(pairs_of(images, prompts), max_tokens, bins)
 
     def _batch(
         self, pairs: Iterable[tuple[Shown, str]], max_tokens: int | None, bins: int
     ) -> Iterator[Answer | Detection | Failed]:
         """Answer pack by pack; what ends the pairs early is raised when the rest is answered."""
-        asked = _UntilError(self._possible(pairs))
-        for pack in self._read_ahead(asked, max_tokens):
+
+        def prepare(image: Shown, prompt: str) -> Prepared:
+            try:
+                self._layout(prompt, 1, _limit(max_tokens, prompt))
+                if tasks.task_of(prompt) in ("detect", "segment"):
+                    tasks.labels_of(prompt)  # that there is none is found before the work
+                return self.prepare(image), prompt
+            except NpvlmError as error:
+                return Failed(name_of(image), prompt, str(error))
+
+        asked = UntilError(self._possible(pairs))
+        for pack in read_ahead(asked, prepare):
             yield from self._answer_pack(pack, max_tokens, bins)
         if asked.error:
             raise asked.error
@@ -464,51 +426,14 @@ class Model:
     def _possible(self, pairs: Iterable[tuple[Shown, str]]) -> Iterator[tuple[Shown, str]]:
         """The pairs up to one that is none, or asks for what the model has not."""
         for image, prompt in pairs:
-            _check_picture(image)
-            _check_text("a prompt", prompt)
+            check_picture(image)
+            check_text("a prompt", prompt)
             if tasks.task_of(prompt) == "segment":
                 self.mask_decoder  # noqa: B018 (where it is missing, that is said before the work)
             yield image, prompt
 
-    def _read_ahead(
-        self, pairs: Iterable[tuple[Shown, str]], max_tokens: int | None
-    ) -> Iterator[list[Failed | tuple[Seen, str]]]:
-        """Packs of prepared pictures; the files of one are read while the one before is answered.
-
-        Only files are left to a thread: anything else may change when the next one is asked for.
-        """
-
-        def prepare(image: Shown, prompt: str) -> Failed | tuple[Seen, str]:
-            try:
-                self._layout(prompt, 1, _limit(max_tokens, prompt))
-                if tasks.task_of(prompt) in ("detect", "segment"):
-                    tasks.labels_of(prompt)  # that there is none is found before the work
-                return self.prepare(image), prompt
-            except NpvlmError as error:
-                return Failed(_name(image), prompt, str(error))
-
-        def pack() -> list[Failed | tuple[Seen, str]]:
-            first = ahead[:PACKED_SEQUENCES]
-            del ahead[:PACKED_SEQUENCES]
-            return [entry.result() if isinstance(entry, Future) else entry for entry in first]
-
-        ahead: list[Failed | tuple[Seen, str] | Future[Failed | tuple[Seen, str]]] = []
-        reader = ThreadPoolExecutor(1)
-        try:
-            for image, prompt in pairs:
-                is_file = isinstance(image, (str, Path))
-                ahead.append(
-                    reader.submit(prepare, image, prompt) if is_file else prepare(image, prompt)
-                )
-                if len(ahead) == 2 * PACKED_SEQUENCES:
-                    yield pack()
-            while ahead:
-                yield pack()
-        finally:
-            reader.shutdown(cancel_futures=True)
-
     def _answer_pack(
-        self, pack: Sequence[Failed | tuple[Seen, str]], max_tokens: int | None, bins: int
+        self, pack: Sequence[Prepared], max_tokens: int | None, bins: int
     ) -> Iterator[Answer | Detection | Failed]:
         """Answer those of a pack that can be answered, and hand on all in their order."""
         asked = [entry for entry in pack if not isinstance(entry, Failed)]
@@ -527,7 +452,7 @@ class Model:
 
     def _one(self, image: Shown, prompt: str, max_tokens: int | None) -> Answer:
         """One answer about one picture."""
-        _check_picture(image)
+        check_picture(image)
         return self.generate(image, prompt, max_tokens=_limit(max_tokens, prompt))[0]
 
     def _find(self, image: Shown, prompt: str, max_tokens: int | None, bins: int) -> Detection:
@@ -568,7 +493,7 @@ class Model:
         logits [T, V], float32, after the soft-cap, for image tokens, prompt and answer
         """
         answer = self._known_ids(answer_ids)
-        pictures = _as_list(images)
+        pictures = as_list(images)
         ids = self._layout(prompt, len(pictures), len(answer))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         w, config = self.weights, self.config
@@ -609,13 +534,13 @@ class Model:
         NpvlmError
             For a picture that cannot be read.
         """
-        texts = _texts("answers", answers)
+        texts = texts_of("answers", answers)
         if not texts:
             raise UsageError("there is no answer to score, expected one or more.")
         if any(self.tokenizer.strip_image_marks(text)[1] for text in texts):
             raise UsageError("an answer holds <image>, expected text alone.")
         ids = [np.array([*self.tokenizer.encode(text), self.tokenizer.eos_id]) for text in texts]
-        pictures = _as_list(images)
+        pictures = as_list(images)
         prefix = self._layout(prompt, len(pictures), max(map(len, ids)))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         with _COMPUTING:
@@ -623,7 +548,7 @@ class Model:
                 prefix, ids, features, self.weights, self.config, ops=self.ops, tap=closed
             )
         return Scores(
-            image=_names(images, pictures),
+            image=names_of(images, pictures),
             prompt=prompt,
             candidates=candidates(
                 texts, [own.tolist() for own in ids], [own.tolist() for own in logprobs]
@@ -662,9 +587,9 @@ class Model:
         """
         if method not in METHODS:
             raise UsageError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
-        _check_text("prompt", prompt)
+        check_text("prompt", prompt)
         if answer is not None:
-            _check_text("answer", answer)
+            check_text("answer", answer)
         shown = self.prepare(image)
         ids = self._explained_ids(shown, prompt, answer, max_tokens)
         prefix, pixels = self._layout(prompt, 1, len(ids)), shown.pixels
@@ -731,10 +656,10 @@ class Model:
         """
         limits = [*max_tokens] if isinstance(max_tokens, Sequence) else [max_tokens]
         for limit in limits:
-            _check_whole("max_tokens", limit, 1)
-        _check_whole("beams", beams, 1)
+            check_whole("max_tokens", limit, 1)
+        check_whole("beams", beams, 1)
         if seed is not None:
-            _check_whole("seed", seed, 0)
+            check_whole("seed", seed, 0)
         if beams > 1 and not sampling.greedy:
             raise UsageError(
                 "beams draw nothing: leave out temperature, top-k and top-p, or beams."
@@ -743,9 +668,9 @@ class Model:
             seed = None
         elif seed is None:
             seed = draw_seed()
-        entries = _as_list(images)
+        entries = as_list(images)
         single = isinstance(prompts, str)
-        prompts = _texts("prompts", prompts) * (len(entries) if single else 1)
+        prompts = texts_of("prompts", prompts) * (len(entries) if single else 1)
         if len(prompts) != len(entries):
             raise UsageError(
                 f"{len(prompts)} prompts for {len(entries)} pictures; expected one prompt for "
@@ -760,10 +685,10 @@ class Model:
             )
         sequences = []
         for index, (entry, prompt, limit) in enumerate(zip(entries, prompts, limits, strict=True)):
-            pictures = _as_list(entry)
-            sequence = _Sequence(
+            pictures = as_list(entry)
+            sequence = Started(
                 index=index,
-                image=_names(entry, pictures),
+                image=names_of(entry, pictures),
                 pictures=pictures,
                 prompt=prompt,
                 ids=self._layout(prompt, len(pictures), limit),
@@ -772,11 +697,11 @@ class Model:
                 text=TextStream(self.tokenizer),
             )
             sequences.append(sequence)
-        for pack in _packs(sequences, beams):
+        for pack in packs_of(sequences, beams):
             yield from self._answer(pack, seed, beams)
 
     def _answer(
-        self, pack: list[_Sequence], seed: int | None, beams: int
+        self, pack: list[Started], seed: int | None, beams: int
     ) -> Iterator[Piece | Answer]:
         """Run one packed call."""
         began = time.perf_counter()
@@ -811,7 +736,7 @@ class Model:
                 yield Piece(sequence.index, text)
             yield self._finished(sequence, seed, seconds)
 
-    def _finished(self, sequence: _Sequence, seed: int | None, seconds: Seconds) -> Answer:
+    def _finished(self, sequence: Started, seed: int | None, seconds: Seconds) -> Answer:
         ids = [token.id for token in sequence.tokens]
         logprobs = [token.logprob for token in sequence.tokens]
         gains = sequence.chooser.gains or [0.0] * len(ids)  # beams are not chosen by it
@@ -832,7 +757,7 @@ class Model:
 
     def _features(self, pictures: Sequence[Shown]) -> Array:
         """Image features [N, P, D]; a picture that comes several times is looked at once."""
-        distinct = {_key(picture): picture for picture in pictures}
+        distinct = {key_of(picture): picture for picture in pictures}
         seen = [self.prepare(picture) for picture in distinct.values()]
         found = {key: s.features for key, s in zip(distinct, seen, strict=True)}
         new = [key for key, features in found.items() if features is None]
@@ -843,7 +768,7 @@ class Model:
                     pixels, self.weights, self.config, ops=self.ops, tap=closed
                 )
             found.update(zip(new, features, strict=True))
-        return np.stack([found[_key(picture)] for picture in pictures])  # type: ignore[misc]
+        return np.stack([found[key_of(picture)] for picture in pictures])  # type: ignore[misc]
 
     def prepare(self, picture: Shown) -> Seen:
         """Read a picture and shrink it to what the tower takes, ahead of asking about it.
@@ -855,13 +780,13 @@ class Model:
         NpvlmError
             For a picture that cannot be read.
         """
-        _check_picture(picture)
+        check_picture(picture)
         if isinstance(picture, Seen):
             return picture
         rgb = open_picture(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
         kept = picture if isinstance(picture, (str, Path)) else rgb  # a stream is read only once
         pixels = pixel_values(rgb, self.preprocessor)
-        return Seen(_name(picture), kept, rgb.width, rgb.height, pixels)
+        return Seen(name_of(picture), kept, rgb.width, rgb.height, pixels)
 
     def look(self, picture: Shown) -> Seen:
         """Show the image tower a picture once, for any number of questions about it.
@@ -875,7 +800,7 @@ class Model:
 
     def _layout(self, prompt: str, pictures: int, answer: int) -> Index:
         """The ids of one sequence; a typed `<image>` is dropped, the pictures come first anyway."""
-        _check_text("prompt", prompt)
+        check_text("prompt", prompt)
         if pictures == 0:
             raise UsageError("PaliGemma needs a picture for every prompt; none was given.")
         text, _ = self.tokenizer.strip_image_marks(prompt)
@@ -894,132 +819,6 @@ def _check_bins(bins: int) -> None:
         raise UsageError(f"bins is {bins}, expected {BINS} or {BINS - 1}.")
 
 
-def _check_whole(name: str, number: Any, least: int) -> None:
-    if type(number) is not int:
-        raise UsageError(f"{name} is {number!r}, expected a whole number.")
-    if number < least:
-        raise UsageError(f"{name} is {number}, expected {least} or more.")
-
-
-def _check_text(name: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise UsageError(f"{name} is of type {type(text).__name__}, which is no text.")
-
-
-def _texts(name: str, given: Any) -> list[str]:
-    """One text or several, as a list."""
-    several = isinstance(given, Iterable) and not isinstance(given, str)
-    texts = [*given] if several else [given]
-    if not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"{name} hold something that is no text, expected one or several.")
-    return texts
-
-
 def _limit(asked: int | None, prompt: str) -> int:
     """Most tokens of an answer: what is asked for, or what the task needs."""
     return tasks.max_tokens(prompt) if asked is None else asked
-
-
-def _is_one(value: Any) -> bool:
-    """Whether this is one picture, not several."""
-    kinds = (str, Path, bytes, Image.Image, np.ndarray, Seen)
-    return isinstance(value, kinds) or hasattr(value, "read")
-
-
-def _check_several(value: Any) -> None:
-    if not isinstance(value, Iterable) or hasattr(value, "__array__"):
-        raise UsageError(
-            f"a picture is of type {type(value).__name__}, expected a path, an open file or its "
-            "bytes, a PIL image or a uint8 array."
-        )
-
-
-def _check_picture(value: Any) -> None:
-    if not _is_one(value):
-        _check_several(value)
-        raise UsageError(
-            f"a {type(value).__name__} is given where one picture is expected; batch takes several."
-        )
-
-
-def _as_list(value: Any) -> list[Any]:
-    """One picture or several, as a list."""
-    if _is_one(value):
-        return [value]
-    _check_several(value)
-    return list(value)
-
-
-def _pairs(
-    images: Shown | Iterable[Shown], prompts: str | Iterable[str]
-) -> Iterator[tuple[Shown, str]]:
-    """Each picture with its prompt, taken as they are asked for."""
-    several: Iterable[Any] = [images] if _is_one(images) else images  # type: ignore[assignment]
-    _check_several(several)
-    if isinstance(prompts, str):
-        return zip(several, repeat(prompts), strict=False)
-    if not isinstance(prompts, Iterable):
-        kind = type(prompts).__name__
-        raise UsageError(f"prompts are of type {kind}, expected one text or several.")
-    return _one_each(several, prompts)
-
-
-def _one_each(images: Iterable[Shown], prompts: Iterable[str]) -> Iterator[tuple[Shown, str]]:
-    """Pairs of both; that one kind runs out first is found when it does."""
-    missing: Any = object()
-    for image, prompt in zip_longest(images, prompts, fillvalue=missing):
-        if image is missing or prompt is missing:
-            raise UsageError(
-                "there are not as many prompts as pictures, expected one for each, or one for all."
-            )
-        yield image, prompt
-
-
-class _UntilError:
-    """What an iterable gives before it raises something, which is kept for later."""
-
-    def __init__(self, source: Iterable[tuple[Shown, str]]) -> None:
-        self._source = source
-        self.error: Exception | None = None
-
-    def __iter__(self) -> Iterator[tuple[Shown, str]]:
-        try:
-            yield from self._source
-        except Exception as error:
-            self.error = error
-
-
-def _key(picture: Shown) -> str | int:
-    """The same for the same picture: its path, or the identity of one in memory."""
-    return str(picture) if isinstance(picture, (str, Path)) else id(picture)
-
-
-def _names(given: Any, pictures: Sequence[Shown]) -> str | list[str]:
-    """How an answer calls its pictures: a list where one was given."""
-    return _name(given) if _is_one(given) else [_name(picture) for picture in pictures]
-
-
-def _name(picture: Shown) -> str:
-    """How an answer calls its picture."""
-    if isinstance(picture, Seen):
-        return picture.name
-    if isinstance(picture, (str, Path)):
-        return str(picture)
-    return str(getattr(picture, "filename", "") or getattr(picture, "name", ""))
-
-
-def _packs(sequences: list[_Sequence], beams: int) -> Iterator[list[_Sequence]]:
-    """Neighbours that are few enough and fit together; one alone may be longer.
-
-    A sequence counts as often as it has beams.
-    """
-    pack: list[_Sequence] = []
-    for sequence in sequences:
-        tokens = beams * sum(len(s.ids) for s in [*pack, sequence])
-        count = beams * (len(pack) + 1)
-        if pack and (count > PACKED_SEQUENCES or tokens > PACKED_TOKENS):
-            yield pack
-            pack = []
-        pack.append(sequence)
-    if pack:
-        yield pack

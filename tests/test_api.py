@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import npvlm
-from npvlm import api
+from npvlm import api, packs
 from npvlm.work.demo import draw_picture
 
 PROMPTS = ["caption en", "answer en how many circles?", "detect blue square"]
@@ -49,7 +49,7 @@ def test_one_prompt_serves_all_pictures_and_several_go_one_each(model, pictures)
 
 def test_answers_do_not_depend_on_how_sequences_are_packed(model, pictures, monkeypatch) -> None:
     together = model.generate(pictures * 2, PROMPTS * 2, temperature=2.0, seed=3)
-    monkeypatch.setattr(api, "PACKED_TOKENS", 1)
+    monkeypatch.setattr(packs, "PACKED_TOKENS", 1)
     apart = model.generate(pictures * 2, PROMPTS * 2, temperature=2.0, seed=3)
     assert what_was_said(together) == what_was_said(apart)
     for one, other in zip(together, apart, strict=True):

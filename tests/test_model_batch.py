@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import npvlm
-from npvlm import api
+from npvlm import api, packs
 from npvlm.work.demo import draw_picture
 
 QUESTION = "answer en how many shapes?"
@@ -123,7 +123,7 @@ def test_at_most_two_packs_are_taken_before_the_first_answer(model, paths) -> No
     assert taken == 0
     for given in range(1, 40):
         next(results)
-        assert taken <= given + 2 * api.PACKED_SEQUENCES - 1
+        assert taken <= given + 2 * packs.PACKED_SEQUENCES - 1
     results.close()
 
 
