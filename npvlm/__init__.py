@@ -10,11 +10,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from npvlm.api import Answer, Model, load
+    from npvlm.api import Answer, Box, Detection, Explanation, Failed, Model, Scores, Seen, load
     from npvlm.errors import NpvlmError, UsageError
 
 __version__ = "0.1.0"
-__all__ = ["Answer", "Model", "NpvlmError", "UsageError", "load"]
+__all__ = [
+    "Answer",
+    "Box",
+    "Detection",
+    "Explanation",
+    "Failed",
+    "Model",
+    "NpvlmError",
+    "Scores",
+    "Seen",
+    "UsageError",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

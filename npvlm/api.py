@@ -6,38 +6,48 @@ V vocabulary.
 
 from __future__ import annotations
 
+import io
 import math
+import operator
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import repeat
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from npvlm.answers import tasks
 from npvlm.answers.answer import Answer, Seconds
 from npvlm.answers.attention import AttentionTap
-from npvlm.answers.boxes import BINS
+from npvlm.answers.boxes import BINS, Box
 from npvlm.answers.confidence import PlaceWatch
 from npvlm.answers.detection import Detection, read_detection
 from npvlm.answers.explaining import words_of
 from npvlm.answers.explanation import METHODS, Explanation
-from npvlm.answers.lines import json_line
 from npvlm.answers.occlusion import occlude
 from npvlm.answers.reading import read_answer
 from npvlm.answers.scores import Scores, candidates
+from npvlm.asked import (
+    Failed,
+    Seen,
+    Shown,
+    as_list,
+    check_picture,
+    check_text,
+    check_whole,
+    key_of,
+    name_of,
+    names_of,
+    pairs_of,
+    texts_of,
+)
 from npvlm.config import PRECISIONS, Config, read_config
 from npvlm.decoding.beams import beam_search
-from npvlm.decoding.generate import Token, generate, logits
+from npvlm.decoding.generate import generate, logits
 from npvlm.decoding.prompt import TextStream, layout
 from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.decoding.score import score
@@ -47,7 +57,6 @@ from npvlm.files.checkpoint import open_checkpoint
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.packed import at_precision
 from npvlm.files.pictures import (
-    Picture,
     Preprocessor,
     open_picture,
     pixel_values,
@@ -59,13 +68,23 @@ from npvlm.model import paligemma, vqvae
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap, closed
 from npvlm.model.weights import PACKERS, Array, Packer, Weights
+from npvlm.packs import Prepared, Started, UntilError, packs_of, read_ahead
 
 BUNDLED = Path(__file__).parent / "bundled"
-# Sequences answered together, and prefix tokens read together: more would be faster still, but the
-# first answer is there only when all are, and a prefill takes memory for every token.
-PACKED_SEQUENCES, PACKED_TOKENS = 8, 4096
 
-__all__ = ["Answer", "Detection", "Failed", "Model", "Piece", "Seconds", "Seen", "load"]
+__all__ = [
+    "Answer",
+    "Box",
+    "Detection",
+    "Explanation",
+    "Failed",
+    "Model",
+    "Piece",
+    "Scores",
+    "Seconds",
+    "Seen",
+    "load",
+]
 
 
 # One computation at a time: several Python threads may not start parallel kernels at once.
@@ -173,60 +192,6 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """A picture as the model reads it, to ask about it again and again.
-
-    name : how answers call it
-    source : the picture
-    width, height : in pixels, upright
-    pixels : float32 [3, R, R]
-    features : what the image tower makes of it [P, D], once it has looked
-    """
-
-    name: str
-    source: Picture = field(repr=False)
-    width: int
-    height: int
-    pixels: NDArray[np.float32] = field(repr=False)
-    features: Array | None = field(default=None, repr=False)
-
-
-Shown = Picture | Seen  # what may be asked about
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A question about a picture that could not be answered, and why, in one sentence."""
-
-    image: str
-    prompt: str
-    error: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The three fields."""
-        return asdict(self)
-
-    def to_json(self) -> str:
-        """One line of JSON with the three fields."""
-        return json_line(self.to_dict())
-
-
-@dataclass
-class _Sequence:
-    """One answer in the making."""
-
-    index: int
-    image: str | list[str]
-    pictures: list[Shown]
-    prompt: str
-    ids: Index
-    max_tokens: int
-    chooser: PlaceWatch
-    text: TextStream
-    tokens: list[Token] = field(default_factory=list)
-
-
-@dataclass(frozen=True, eq=False)
 class Model:
     """An opened checkpoint: its config, memory-mapped weights, tokenizer and picture settings."""
 
@@ -256,11 +221,14 @@ class Model:
         Parameters
         ----------
         images : one picture, or one per answer; a list in its place puts several pictures in front
-            of one prompt. A picture is a path, an open binary file or a PIL image
+            of one prompt. A picture is a path, an open binary file, the bytes of a file, a PIL
+            image, a uint8 array (height, width, 3), or what `look` gives
         prompts : one for all pictures, or one for each
         max_tokens : most tokens of an answer, 1 or more
         temperature, top_k, top_p : greedy unless one is given; temperature 0 is greedy always
-        seed : of every answer's own random generator; drawn where none is given
+        seed : of every answer's own random generator, the same for all, so that each can be drawn
+            again alone; drawn where none is given. Several draws about one picture need as many
+            calls, each with its own seed
         beams : answers that are written side by side, of which the one with the highest mean
             log-probability is given (transformers' num_beams); more than 1 excludes drawing
 
@@ -360,8 +328,7 @@ class Model:
         True
         >>> found.draw("boxes.png")
         """
-        seen = self.prepare(image)
-        return self.detection(self._one(seen, tasks.detect_prompt(labels), max_tokens), seen, bins)
+        return self._find(image, tasks.detect_prompt(labels), max_tokens, bins)
 
     def segment(
         self,
@@ -387,12 +354,11 @@ class Model:
         'RGBA'
         """
         self.mask_decoder  # noqa: B018 (where it is missing, that is said before the work)
-        seen = self.prepare(image)
-        return self.detection(self._one(seen, tasks.segment_prompt(labels), max_tokens), seen, bins)
+        return self._find(image, tasks.segment_prompt(labels), max_tokens, bins)
 
     def batch(
         self,
-        images: Iterable[Shown],
+        images: Shown | Iterable[Shown],
         prompts: str | Iterable[str],
         *,
         max_tokens: int | None = None,
@@ -400,14 +366,18 @@ class Model:
     ) -> Iterator[Answer | Detection | Failed]:
         """Answer about any number of pictures, in their order, as soon as each answer is there.
 
-        Several are answered together, and pictures are read while the model works. A picture that
-        cannot be read gives a Failed in its place, and the rest goes on. Prompts that begin with
-        `detect` or `segment` give a Detection, all others an Answer; each is what the picture alone
-        would give, bit for bit.
+        Several are answered together, and files are read while the model works: up to two packs of
+        eight pictures are taken before the first of them is answered. A picture that is no path is
+        read before the next one is asked for, so a buffer may be used again and a file closed. A
+        picture that cannot be read gives a Failed in its place, and the rest goes on. Where
+        `images` or `prompts` raise something, what came before is answered first.
+
+        Prompts that begin with `detect` or `segment` give a Detection, all others an Answer; each
+        is what the picture alone would give, with kernels bit for bit, without them up to rounding.
 
         Parameters
         ----------
-        images : one picture for each answer
+        images : one picture for each answer, or a single one
         prompts : one for all pictures, or one for each
         max_tokens : most tokens of an answer; by default what its task needs
         bins : as in `detect`
@@ -415,7 +385,8 @@ class Model:
         Raises
         ------
         UsageError
-            For numbers out of range, or more prompts than pictures, or fewer.
+            At once for numbers out of range; where it is come to for what is no picture or no text,
+            or more prompts than pictures, or fewer.
         NpvlmError
             Where a mask is asked for and the model has no mask decoder.
 
@@ -427,53 +398,46 @@ class Model:
         absent.png cannot be opened: No such file or directory
         """
         _check_bins(bins)
-        if isinstance(prompts, str):
-            prompts = repeat(prompts)
-            pairs: Iterable[tuple[Shown, str]] = zip(images, prompts, strict=False)
-        else:
-            pairs = _pairs(images, prompts)
-        pack: list[Failed | tuple[Seen, str]] = []
-        for asked in self._read_ahead(pairs, max_tokens):
-            pack.append(asked)
-            if len(pack) == PACKED_SEQUENCES:
-                yield from self._answer_pack(pack, max_tokens, bins)
-                pack = []
-        yield from self._answer_pack(pack, max_tokens, bins)
+        if max_tokens is not None:
+            check_whole("max_tokens", max_tokens, 1)
+            self._layout("", 1, max_tokens)  # more than fits behind any prompt
+        return self._batch(pairs_of(images, prompts), max_tokens, bins)
 
-    def _read_ahead(
-        self, pairs: Iterable[tuple[Shown, str]], max_tokens: int | None
-    ) -> Iterator[Failed | tuple[Seen, str]]:
-        """Prepare pictures in a thread of its own, up to two packs before they are needed."""
+    def _batch(
+        self, pairs: Iterable[tuple[Shown, str]], max_tokens: int | None, bins: int
+    ) -> Iterator[Answer | Detection | Failed]:
+        """Answer pack by pack; what ends the pairs early is raised when the rest is answered."""
 
-        def prepare(image: Shown, prompt: str) -> Failed | tuple[Seen, str]:
+        def prepare(image: Shown, prompt: str) -> Prepared:
             try:
-                self._layout(prompt, 1, max_tokens or tasks.max_tokens(prompt))
+                self._layout(prompt, 1, _limit(max_tokens, prompt))
                 if tasks.task_of(prompt) in ("detect", "segment"):
                     tasks.labels_of(prompt)  # that there is none is found before the work
                 return self.prepare(image), prompt
             except NpvlmError as error:
-                return Failed(_name(image), prompt, str(error))
+                return Failed(name_of(image), prompt, str(error))
 
-        reader = ThreadPoolExecutor(1)
-        try:
-            ahead: deque[Future[Failed | tuple[Seen, str]]] = deque()
-            for image, prompt in pairs:
-                ahead.append(reader.submit(prepare, image, prompt))
-                if len(ahead) == 2 * PACKED_SEQUENCES:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            reader.shutdown(cancel_futures=True)
+        asked = UntilError(self._possible(pairs))
+        for pack in read_ahead(asked, prepare):
+            yield from self._answer_pack(pack, max_tokens, bins)
+        if asked.error:
+            raise asked.error
+
+    def _possible(self, pairs: Iterable[tuple[Shown, str]]) -> Iterator[tuple[Shown, str]]:
+        """The pairs up to one that is none, or asks for what the model has not."""
+        for image, prompt in pairs:
+            check_picture(image)
+            check_text("a prompt", prompt)
+            if tasks.task_of(prompt) == "segment":
+                self.mask_decoder  # noqa: B018 (where it is missing, that is said before the work)
+            yield image, prompt
 
     def _answer_pack(
-        self, pack: Sequence[Failed | tuple[Seen, str]], max_tokens: int | None, bins: int
+        self, pack: Sequence[Prepared], max_tokens: int | None, bins: int
     ) -> Iterator[Answer | Detection | Failed]:
         """Answer those of a pack that can be answered, and hand on all in their order."""
         asked = [entry for entry in pack if not isinstance(entry, Failed)]
-        if any(tasks.task_of(prompt) == "segment" for _, prompt in asked):
-            self.mask_decoder  # noqa: B018 (where it is missing, that is said before the work)
-        limits = [max_tokens or tasks.max_tokens(prompt) for _, prompt in asked]
+        limits = [_limit(max_tokens, prompt) for _, prompt in asked]
         images, prompts = [seen for seen, _ in asked], [prompt for _, prompt in asked]
         events = self.events(images, prompts, Sampling(), max_tokens=limits)
         answers = (event for event in events if isinstance(event, Answer))
@@ -488,7 +452,14 @@ class Model:
 
     def _one(self, image: Shown, prompt: str, max_tokens: int | None) -> Answer:
         """One answer about one picture."""
-        return self.generate(image, prompt, max_tokens=max_tokens or tasks.max_tokens(prompt))[0]
+        check_picture(image)
+        return self.generate(image, prompt, max_tokens=_limit(max_tokens, prompt))[0]
+
+    def _find(self, image: Shown, prompt: str, max_tokens: int | None, bins: int) -> Detection:
+        """The things that a prompt asks for on one picture."""
+        _check_bins(bins)
+        seen = self.prepare(image)
+        return self.detection(self._one(seen, prompt, max_tokens), seen, bins)
 
     def detection(self, answer: Answer, seen: Seen, bins: int = BINS) -> Detection:
         """Read the boxes and masks of an answer to a `detect` or `segment` prompt."""
@@ -521,16 +492,24 @@ class Model:
         -------
         logits [T, V], float32, after the soft-cap, for image tokens, prompt and answer
         """
-        answer = np.array(answer_ids, np.int64)
-        vocabulary = self.config.text_config.vocab_size
-        if answer.ndim != 1 or np.any((answer < 0) | (answer >= vocabulary)):
-            raise UsageError(f"answer_ids must be a list of ids from 0 to {vocabulary - 1}.")
-        pictures = _as_list(images)
+        answer = self._known_ids(answer_ids)
+        pictures = as_list(images)
         ids = self._layout(prompt, len(pictures), len(answer))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         w, config = self.weights, self.config
         with _COMPUTING:
             return logits(ids, answer, features, w, config, ops=self.ops, tap=closed)
+
+    def _known_ids(self, ids: Sequence[int]) -> Index:
+        """Ids as an array, if all of them are in the vocabulary."""
+        most = self.config.text_config.vocab_size - 1
+        try:
+            whole = [operator.index(i) for i in ids]
+        except TypeError:  # fractions, texts, or no list at all
+            whole = [-1]
+        if any(not 0 <= i <= most for i in whole):
+            raise UsageError(f"answer_ids must be a list of ids from 0 to {most}.")
+        return np.array(whole, np.int64)
 
     def score(
         self, images: Shown | Sequence[Shown], prompt: str, answers: str | Sequence[str]
@@ -555,15 +534,13 @@ class Model:
         NpvlmError
             For a picture that cannot be read.
         """
-        texts = [answers] if isinstance(answers, str) else list(answers)
-        if not all(isinstance(text, str) for text in [prompt, *texts]):
-            raise UsageError("prompt or answers hold something that is no text, expected texts.")
+        texts = texts_of("answers", answers)
         if not texts:
             raise UsageError("there is no answer to score, expected one or more.")
         if any(self.tokenizer.strip_image_marks(text)[1] for text in texts):
             raise UsageError("an answer holds <image>, expected text alone.")
         ids = [np.array([*self.tokenizer.encode(text), self.tokenizer.eos_id]) for text in texts]
-        pictures = _as_list(images)
+        pictures = as_list(images)
         prefix = self._layout(prompt, len(pictures), max(map(len, ids)))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         with _COMPUTING:
@@ -571,7 +548,7 @@ class Model:
                 prefix, ids, features, self.weights, self.config, ops=self.ops, tap=closed
             )
         return Scores(
-            image=_names(images, pictures),
+            image=names_of(images, pictures),
             prompt=prompt,
             candidates=candidates(
                 texts, [own.tolist() for own in ids], [own.tolist() for own in logprobs]
@@ -610,6 +587,9 @@ class Model:
         """
         if method not in METHODS:
             raise UsageError(f"method is {method!r}, expected one of {', '.join(METHODS)}.")
+        check_text("prompt", prompt)
+        if answer is not None:
+            check_text("answer", answer)
         shown = self.prepare(image)
         ids = self._explained_ids(shown, prompt, answer, max_tokens)
         prefix, pixels = self._layout(prompt, 1, len(ids)), shown.pixels
@@ -675,40 +655,40 @@ class Model:
         one number for all, or one for each. Beams have no text before the search is over.
         """
         limits = [*max_tokens] if isinstance(max_tokens, Sequence) else [max_tokens]
-        whole = [("max_tokens", limit) for limit in limits]
-        for name, number in (*whole, ("seed", seed), ("beams", beams)):
-            if type(number) is not int and (name, number) != ("seed", None):
-                raise UsageError(f"{name} is {number!r}, expected a whole number.")
-        if min(limits, default=1) < 1:
-            raise UsageError(f"max_tokens is {min(limits)}, expected 1 or more.")
-        if beams < 1:
-            raise UsageError(f"beams is {beams}, expected 1 or more.")
+        for limit in limits:
+            check_whole("max_tokens", limit, 1)
+        check_whole("beams", beams, 1)
+        if seed is not None:
+            check_whole("seed", seed, 0)
         if beams > 1 and not sampling.greedy:
             raise UsageError(
                 "beams draw nothing: leave out temperature, top-k and top-p, or beams."
             )
-        if seed is not None and seed < 0:
-            raise UsageError(f"seed is {seed}, expected 0 or a larger whole number.")
         if sampling.greedy:
             seed = None
         elif seed is None:
             seed = draw_seed()
-        entries = _as_list(images)
-        prompts = [prompts] * len(entries) if isinstance(prompts, str) else list(prompts)
-        if not all(isinstance(prompt, str) for prompt in prompts):
-            raise UsageError("prompts hold something that is no text, expected one or several.")
+        entries = as_list(images)
+        single = isinstance(prompts, str)
+        prompts = texts_of("prompts", prompts) * (len(entries) if single else 1)
         if len(prompts) != len(entries):
             raise UsageError(
                 f"{len(prompts)} prompts for {len(entries)} pictures; expected one prompt for "
                 "all, or one for each."
             )
-        limits = limits if isinstance(max_tokens, Sequence) else limits * len(entries)
+        if not isinstance(max_tokens, Sequence):
+            limits *= len(entries)
+        if len(limits) != len(entries):
+            raise UsageError(
+                f"{len(limits)} numbers of max_tokens for {len(entries)} pictures; expected one "
+                "for all, or one for each."
+            )
         sequences = []
         for index, (entry, prompt, limit) in enumerate(zip(entries, prompts, limits, strict=True)):
-            pictures = _as_list(entry)
-            sequence = _Sequence(
+            pictures = as_list(entry)
+            sequence = Started(
                 index=index,
-                image=_names(entry, pictures),
+                image=names_of(entry, pictures),
                 pictures=pictures,
                 prompt=prompt,
                 ids=self._layout(prompt, len(pictures), limit),
@@ -717,11 +697,11 @@ class Model:
                 text=TextStream(self.tokenizer),
             )
             sequences.append(sequence)
-        for pack in _packs(sequences, beams):
+        for pack in packs_of(sequences, beams):
             yield from self._answer(pack, seed, beams)
 
     def _answer(
-        self, pack: list[_Sequence], seed: int | None, beams: int
+        self, pack: list[Started], seed: int | None, beams: int
     ) -> Iterator[Piece | Answer]:
         """Run one packed call."""
         began = time.perf_counter()
@@ -756,7 +736,7 @@ class Model:
                 yield Piece(sequence.index, text)
             yield self._finished(sequence, seed, seconds)
 
-    def _finished(self, sequence: _Sequence, seed: int | None, seconds: Seconds) -> Answer:
+    def _finished(self, sequence: Started, seed: int | None, seconds: Seconds) -> Answer:
         ids = [token.id for token in sequence.tokens]
         logprobs = [token.logprob for token in sequence.tokens]
         gains = sequence.chooser.gains or [0.0] * len(ids)  # beams are not chosen by it
@@ -777,7 +757,7 @@ class Model:
 
     def _features(self, pictures: Sequence[Shown]) -> Array:
         """Image features [N, P, D]; a picture that comes several times is looked at once."""
-        distinct = {_key(picture): picture for picture in pictures}
+        distinct = {key_of(picture): picture for picture in pictures}
         seen = [self.prepare(picture) for picture in distinct.values()]
         found = {key: s.features for key, s in zip(distinct, seen, strict=True)}
         new = [key for key, features in found.items() if features is None]
@@ -788,22 +768,25 @@ class Model:
                     pixels, self.weights, self.config, ops=self.ops, tap=closed
                 )
             found.update(zip(new, features, strict=True))
-        return np.stack([found[_key(picture)] for picture in pictures])  # type: ignore[misc]
+        return np.stack([found[key_of(picture)] for picture in pictures])  # type: ignore[misc]
 
     def prepare(self, picture: Shown) -> Seen:
         """Read a picture and shrink it to what the tower takes, ahead of asking about it.
 
         Raises
         ------
+        UsageError
+            For anything but one picture.
         NpvlmError
             For a picture that cannot be read.
         """
+        check_picture(picture)
         if isinstance(picture, Seen):
             return picture
-        rgb = open_picture(picture)
+        rgb = open_picture(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
         kept = picture if isinstance(picture, (str, Path)) else rgb  # a stream is read only once
         pixels = pixel_values(rgb, self.preprocessor)
-        return Seen(_name(picture), kept, rgb.width, rgb.height, pixels)
+        return Seen(name_of(picture), kept, rgb.width, rgb.height, pixels)
 
     def look(self, picture: Shown) -> Seen:
         """Show the image tower a picture once, for any number of questions about it.
@@ -817,6 +800,7 @@ class Model:
 
     def _layout(self, prompt: str, pictures: int, answer: int) -> Index:
         """The ids of one sequence; a typed `<image>` is dropped, the pictures come first anyway."""
+        check_text("prompt", prompt)
         if pictures == 0:
             raise UsageError("PaliGemma needs a picture for every prompt; none was given.")
         text, _ = self.tokenizer.strip_image_marks(prompt)
@@ -835,64 +819,6 @@ def _check_bins(bins: int) -> None:
         raise UsageError(f"bins is {bins}, expected {BINS} or {BINS - 1}.")
 
 
-def _pairs(images: Iterable[Shown], prompts: Iterable[str]) -> Iterator[tuple[Shown, str]]:
-    """Each picture with its prompt; that one kind runs out first is found when it does."""
-    try:
-        yield from zip(images, prompts, strict=True)
-    except ValueError:
-        raise UsageError(
-            "there are not as many prompts as pictures, expected one for each, or one for all."
-        ) from None
-
-
-def _is_one(value: Any) -> bool:
-    """Whether this is one picture, not several."""
-    return isinstance(value, (str, Path, Image.Image, np.ndarray, Seen)) or hasattr(value, "read")
-
-
-def _as_list(value: Any) -> list[Any]:
-    """One picture or several, as a list."""
-    if _is_one(value):
-        return [value]
-    if isinstance(value, Iterable) and not hasattr(value, "__array__"):
-        return list(value)
-    kind = type(value).__name__
-    raise UsageError(
-        f"a picture is of type {kind}, expected a path, an open file, a PIL image or a uint8 array."
-    )
-
-
-def _key(picture: Shown) -> str | int:
-    """The same for the same picture: its path, or the identity of one in memory."""
-    return str(picture) if isinstance(picture, (str, Path)) else id(picture)
-
-
-def _names(given: Any, pictures: Sequence[Shown]) -> str | list[str]:
-    """How an answer calls its pictures: a list where one was given."""
-    return _name(given) if _is_one(given) else [_name(picture) for picture in pictures]
-
-
-def _name(picture: Shown) -> str:
-    """How an answer calls its picture."""
-    if isinstance(picture, Seen):
-        return picture.name
-    if isinstance(picture, (str, Path)):
-        return str(picture)
-    return str(getattr(picture, "filename", "") or getattr(picture, "name", ""))
-
-
-def _packs(sequences: list[_Sequence], beams: int) -> Iterator[list[_Sequence]]:
-    """Neighbours that are few enough and fit together; one alone may be longer.
-
-    A sequence counts as often as it has beams.
-    """
-    pack: list[_Sequence] = []
-    for sequence in sequences:
-        tokens = beams * sum(len(s.ids) for s in [*pack, sequence])
-        count = beams * (len(pack) + 1)
-        if pack and (count > PACKED_SEQUENCES or tokens > PACKED_TOKENS):
-            yield pack
-            pack = []
-        pack.append(sequence)
-    if pack:
-        yield pack
+def _limit(asked: int | None, prompt: str) -> int:
+    """Most tokens of an answer: what is asked for, or what the task needs."""
+    return tasks.max_tokens(prompt) if asked is None else asked

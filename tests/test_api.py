@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import npvlm
-from npvlm import api
+from npvlm import api, packs
 from npvlm.work.demo import draw_picture
 
 PROMPTS = ["caption en", "answer en how many circles?", "detect blue square"]
@@ -49,7 +49,7 @@ def test_one_prompt_serves_all_pictures_and_several_go_one_each(model, pictures)
 
 def test_answers_do_not_depend_on_how_sequences_are_packed(model, pictures, monkeypatch) -> None:
     together = model.generate(pictures * 2, PROMPTS * 2, temperature=2.0, seed=3)
-    monkeypatch.setattr(api, "PACKED_TOKENS", 1)
+    monkeypatch.setattr(packs, "PACKED_TOKENS", 1)
     apart = model.generate(pictures * 2, PROMPTS * 2, temperature=2.0, seed=3)
     assert what_was_said(together) == what_was_said(apart)
     for one, other in zip(together, apart, strict=True):
@@ -129,7 +129,14 @@ def test_json_keeps_numbers_and_text(model, pictures) -> None:
         ({"images": np.zeros((8, 8, 2), np.uint8)}, r"uint8 \[8, 8, 2\]"),
         ({"images": np.zeros((0, 8, 3), np.uint8)}, r"uint8 \[0, 8, 3\]"),
         ({"images": [None]}, "NoneType"),
+        ({"images": [[[np.zeros((8, 8, 3), np.uint8)]]]}, "a list is given where one picture"),
+        ({"images": [[None]]}, "NoneType"),
         ({"prompts": [5]}, "no text"),
+        ({"prompts": None}, "no text"),
+        ({"max_tokens": [5, 6]}, "2 numbers of max_tokens for 1 pictures"),
+        ({"max_tokens": []}, "0 numbers of max_tokens for 1 pictures"),
+        ({"max_tokens": "x"}, "max_tokens is 'x'"),
+        ({"beams": 0}, "beams is 0, expected 1 or more"),
         ({"temperature": float("nan")}, "temperature"),
         ({"images": [[]]}, "picture"),
         ({"max_tokens": 10**30}, "at most 8192 together"),
@@ -144,10 +151,98 @@ def test_bad_use_is_refused_before_any_work(model, pictures, arguments, says) ->
         model.generate(**given)
 
 
-@pytest.mark.parametrize("ids", [[-1], [10**6], [[1, 2]]])
+@pytest.mark.parametrize(
+    "ids", [[-1], [10**6], [[1, 2]], [10**30], ["a"], "a", [1e30], [1.7], 5, None, np.array([1.0])]
+)
 def test_answer_ids_that_are_none_are_refused(model, pictures, ids) -> None:
     with pytest.raises(npvlm.UsageError, match="answer_ids"):
         model.logits(pictures[0], "caption en", ids)
+
+
+def test_answer_ids_may_be_an_array(model, pictures) -> None:
+    given = model.logits(pictures[0], "ocr", np.array([5, 6]))
+    np.testing.assert_array_equal(given, model.logits(pictures[0], "ocr", [5, 6]))
+
+
+@pytest.mark.parametrize(
+    ("ask", "says"),
+    [
+        (lambda model, p: model.detect(p, 3), "labels are of type int, expected text"),
+        (lambda model, p: model.detect(p, None), "labels are of type NoneType"),
+        (lambda model, p: model.detect(p, [3]), "a label is no text"),
+        (lambda model, p: model.segment(p, [b"cat"]), "a label is no text"),
+        (lambda model, p: model.detect(p, "cat", bins=7), "bins is 7"),
+        (lambda model, p: model.ask(p, None), "the question is of type NoneType"),
+        (lambda model, p: model.ask(p, "who?", None), "None is no language code"),
+        (lambda model, p: model.caption(p, None), "None is no language code"),
+        (lambda model, p: model.explain(p, None), "prompt is of type NoneType"),
+        (lambda model, p: model.explain(p, "ocr", answer=3), "answer is of type int"),
+        (lambda model, p: model.explain(p, "ocr", answer=0), "answer is of type int"),
+        (lambda model, p: model.score(p, "ocr", None), "answers hold something that is no text"),
+        (lambda model, p: model.score(p, "ocr", ["a", 3]), "answers hold something that is no"),
+        (lambda model, p: model.score(p, None, "a"), "prompt is of type NoneType"),
+        (lambda model, p: model.logits(p, None, []), "prompt is of type NoneType"),
+        (lambda model, p: list(model.stream(p, None)), "no text"),
+        (lambda model, p: model.caption(None), "a picture is of type NoneType"),
+        (lambda model, p: model.look(7), "a picture is of type int"),
+    ],
+)
+def test_what_is_no_text_or_picture_is_refused_in_a_sentence(model, pictures, ask, says) -> None:
+    with pytest.raises(npvlm.UsageError, match=says) as caught:
+        ask(model, pictures[0])
+    assert "\n" not in str(caught.value)
+
+
+ONE_PICTURE = {
+    "caption": (),
+    "ask": ("how many circles?",),
+    "ocr": (),
+    "detect": ("circle",),
+    "segment": ("circle",),
+    "explain": ("ocr",),
+    "look": (),
+    "prepare": (),
+}
+
+
+@pytest.mark.parametrize("task", ONE_PICTURE)
+def test_a_task_takes_one_picture(model, pictures, task: str) -> None:
+    for several in (pictures, pictures[:1], tuple(pictures), iter(pictures)):
+        with pytest.raises(npvlm.UsageError, match="one picture is expected; batch takes several"):
+            getattr(model, task)(several, *ONE_PICTURE[task])
+
+
+@pytest.mark.parametrize("task", ["caption", "ask", "ocr", "detect", "segment"])
+def test_no_tokens_is_not_the_default_number_of_tokens(model, pictures, task: str) -> None:
+    for wrong in (0, False):
+        with pytest.raises(npvlm.UsageError, match=f"max_tokens is {wrong}"):
+            getattr(model, task)(pictures[0], *ONE_PICTURE[task], max_tokens=wrong)
+
+
+def test_the_bytes_of_a_file_are_a_picture(model, pictures) -> None:
+    content = pictures[0].read_bytes()
+    answer, again = model.generate([content, pictures[0]], PROMPTS[0])
+    assert answer.image == "" and answer.token_ids == again.token_ids
+    found = model.detect(content, "red circle")
+    assert found.boxes == model.detect(pictures[0], "red circle").boxes
+    assert found.drawn().size == (found.width, found.height)
+    with pytest.raises(npvlm.NpvlmError, match="no picture that Pillow can read"):
+        model.caption(content[:3])
+
+
+def test_one_seed_serves_all_answers_of_a_call(model, pictures) -> None:
+    """So each can be drawn again alone."""
+    drawn = model.generate(pictures[:1] * 3, PROMPTS[0], temperature=3.0)
+    assert len({answer.seed for answer in drawn}) == 1
+    assert len({answer.text for answer in drawn}) == 1
+    alone = model.generate(pictures[0], PROMPTS[0], temperature=3.0, seed=drawn[0].seed)
+    assert what_was_said(alone) == what_was_said(drawn[:1])
+
+
+def test_every_kind_of_result_is_found_in_the_package() -> None:
+    for name in npvlm.__all__:
+        assert getattr(npvlm, name).__name__ == name
+    assert set(api.__all__) - set(npvlm.__all__) == {"Piece", "Seconds"}
 
 
 def test_logits_need_a_picture(model) -> None:

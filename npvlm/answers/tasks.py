@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from npvlm.errors import UsageError
 
@@ -30,6 +30,8 @@ def caption_prompt(lang: str = "en") -> str:
 
 def ask_prompt(question: str, lang: str = "en") -> str:
     """Ask a question; the answer comes in the language named."""
+    if not isinstance(question, str):
+        raise UsageError(f"the question is of type {type(question).__name__}, expected words.")
     if not question.strip():
         raise UsageError("the question is empty, expected words.")
     return f"answer {_language(lang)} {question.strip()}"
@@ -56,9 +58,14 @@ def split_labels(labels: str | Sequence[str]) -> list[str]:
     Raises
     ------
     UsageError
-        There is none.
+        There is none, or something is no text.
     """
+    if not isinstance(labels, Iterable):
+        kind = type(labels).__name__
+        raise UsageError(f'labels are of type {kind}, expected text, such as "cat ; dog".')
     parts = labels.split(";") if isinstance(labels, str) else [*labels]
+    if not all(isinstance(part, str) for part in parts):
+        raise UsageError('a label is no text, expected texts, such as "cat".')
     named = list(dict.fromkeys(" ".join(part.split()) for part in parts if part.strip()))
     if not named:
         raise UsageError('no label is given, expected one or several, such as "cat ; dog".')
@@ -73,6 +80,6 @@ def labels_of(prompt: str) -> list[str]:
 
 
 def _language(lang: str) -> str:
-    if not re.fullmatch(r"[A-Za-z]{2,3}(-[A-Za-z]{2,4})?", lang):
+    if not isinstance(lang, str) or not re.fullmatch(r"[A-Za-z]{2,3}(-[A-Za-z]{2,4})?", lang):
         raise UsageError(f"{lang!r} is no language code, expected one such as en, de or pt-br.")
     return lang
