@@ -105,7 +105,7 @@ def weights_of(model: npvlm.Model, scene: Scene) -> Heat | None:
     pixels = pixel_values(open_picture(scene.picture), model.preprocessor)[None]
     features = paligemma.image_features(pixels, w, config, ops=model.ops, tap=closed)[0]
     watch = AttentionTap(config.text_config, len(prompt), len(ids), len(features))
-    read_answer(prompt, ids, features, w, config, ops=model.ops, tap=watch)
+    read_answer(prompt, ids, features, w, config, range(0), ops=model.ops, tap=watch)
     return np.stack(list(watch.layers.values())).astype(np.float64)
 
 

@@ -24,7 +24,7 @@ from npvlm.answers import tasks
 from npvlm.answers.answer import Answer, Seconds
 from npvlm.answers.attention import AttentionTap
 from npvlm.answers.boxes import BINS, Box
-from npvlm.answers.confidence import PlaceWatch
+from npvlm.answers.confidence import PlaceWatch, locations
 from npvlm.answers.detection import Detection, read_detection
 from npvlm.answers.explaining import words_of
 from npvlm.answers.explanation import METHODS, Explanation
@@ -565,7 +565,7 @@ class Model:
         *,
         answer: str | None = None,
         method: str = "attention",
-        max_tokens: int = 100,
+        max_tokens: int | None = None,
         tell: Callable[[int, int], None] = lambda done, of: None,
     ) -> Explanation:
         """Say for each word of an answer which parts of the picture it has to do with.
@@ -575,7 +575,7 @@ class Model:
         answer : the words to explain; by default what the model says by itself, greedily
         method : "attention", where the model looked; or "occlusion", what it needs: one run for
             each of 64 parts of the picture that are covered in turn
-        max_tokens : most tokens of the model's own answer
+        max_tokens : most tokens of the model's own answer; by default what its task needs
         tell : is told how many runs of "occlusion" are done, and of how many
 
         Raises
@@ -591,14 +591,16 @@ class Model:
         if answer is not None:
             check_text("answer", answer)
         shown = self.prepare(image)
-        ids = self._explained_ids(shown, prompt, answer, max_tokens)
+        ids = self._explained_ids(shown, prompt, answer, _limit(max_tokens, prompt))
         prefix, pixels = self._layout(prompt, 1, len(ids)), shown.pixels
+        places = locations(self.tokenizer)
 
         def read(pixels: Array, tap: Tap = closed) -> NDArray[np.float64]:
             w, config = self.weights, self.config
             with _COMPUTING:
                 seen = paligemma.image_features(pixels[None], w, config, ops=self.ops, tap=closed)
-                return read_answer(prefix, np.array(ids), seen[0], w, config, ops=self.ops, tap=tap)
+                given = prefix, np.array(ids), seen[0], w, config, places
+                return read_answer(*given, ops=self.ops, tap=tap)
 
         patches, layers = self.config.vision_config.num_patches, []
         if method == "attention":
@@ -634,7 +636,7 @@ class Model:
         ids = own.token_ids[:-1] if own.stop == "eos" else own.token_ids
         if not own.text.strip():
             raise NpvlmError(
-                f"the model answers nothing to {prompt!r}; give the words to explain, or another "
+                f"the model answers nothing to {prompt!r}; give the words to explain (answer), or another "
                 "prompt."
             )
         return ids

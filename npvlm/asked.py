@@ -40,7 +40,7 @@ class Seen:
     features: Array | None = field(default=None, repr=False)
 
 
-Shown = Picture | bytes | Seen  # what may be asked about
+Shown = Picture | Seen  # what may be asked about
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_weights_sum_to_one_and_mix_the_values_to_what_attend_gives(
         return value
 
     prompt, text = tiny_prompt(config, 4), config.text_config
-    read_answer(prompt, ANSWER, features_of(config), weights, config, ops=ops, tap=record)
+    read_answer(prompt, ANSWER, features_of(config), weights, config, range(0), ops=ops, tap=record)
     rows, wanted = answer_rows(len(prompt), len(ANSWER))
     for layer, kind in enumerate(text.layer_types):
         name = f"language_model.model.layers.{layer}.self_attn"
@@ -104,7 +104,9 @@ def test_layers_whose_window_ends_inside_the_picture_are_left_out(
     config = tiny_config(family, **({"sliding_window": window} if window else {}))
     prompt, features = tiny_prompt(config, 4), features_of(config)
     watch = AttentionTap(config.text_config, len(prompt), len(ANSWER), len(features))
-    read_answer(prompt, ANSWER, features, tiny_weights(config), config, ops=ops, tap=watch)
+    read_answer(
+        prompt, ANSWER, features, tiny_weights(config), config, range(0), ops=ops, tap=watch
+    )
     assert list(watch.layers) == layers
     heads = config.text_config.num_attention_heads
     assert {w.shape for w in watch.layers.values()} == {(heads, len(ANSWER), len(features))}
@@ -117,7 +119,7 @@ def test_an_answer_read_at_once_has_the_probabilities_of_the_whole_pass(
     config: Config, weights: Weights, ops: ModuleType
 ) -> None:
     prompt, features = tiny_prompt(config, 4), features_of(config)
-    read = read_answer(prompt, ANSWER, features, weights, config, ops=ops, tap=closed)
+    read = read_answer(prompt, ANSWER, features, weights, config, range(0), ops=ops, tap=closed)
     scores = logits(prompt, ANSWER, features, weights, config, ops=ops, tap=closed)
     rows = range(len(prompt) - 1, len(scores) - 1)
     expected = [ops.log_softmax(scores[r])[i] for r, i in zip(rows, ANSWER, strict=True)]
@@ -129,7 +131,7 @@ def test_damaged_weights_are_said_to_be_so(config: Config, ops: ModuleType) -> N
     features[0, 0] = np.nan
     with pytest.raises(NpvlmError, match="not finite"):
         prompt = tiny_prompt(config, 4)
-        read_answer(prompt, ANSWER, features, weights, config, ops=ops, tap=closed)
+        read_answer(prompt, ANSWER, features, weights, config, range(0), ops=ops, tap=closed)
 
 
 def test_on_shapes_the_named_thing_lies_under_the_peak(model: npvlm.Model) -> None:

@@ -32,7 +32,7 @@ class PlaceWatch:
 
     def __init__(self, choose: Callable[[Array], int], tokenizer: Tokenizer) -> None:
         self._choose = choose
-        self._places = _locations(tokenizer)
+        self._places = locations(tokenizer)
         self.gains: list[float] = []
 
     def __call__(self, logits: Array) -> int:
@@ -41,16 +41,23 @@ class PlaceWatch:
         logits [V] -> an id below V
         """
         chosen = self._choose(logits)
-        gain = 0.0
-        if chosen in self._places:
-            first = max(self._places.start, chosen - NEAR)
-            near = logits[first : min(self._places.stop, chosen + NEAR + 1)].astype(np.float64)
-            gain = math.log(np.exp(near - float(logits[chosen])).sum())
-        self.gains.append(gain)
+        self.gains.append(nearby_gain(logits, chosen, self._places))
         return chosen
 
 
-def _locations(tokenizer: Tokenizer) -> range:
+def nearby_gain(logits: Array, chosen: int, places: range) -> float:
+    """What a token's log-probability grows by when places near to it count, too.
+
+    logits [V]
+    """
+    if chosen not in places:
+        return 0.0
+    first, last = max(places.start, chosen - NEAR), min(places.stop, chosen + NEAR + 1)
+    near = logits[first:last].astype(np.float64)
+    return math.log(np.exp(near - float(logits[chosen])).sum())
+
+
+def locations(tokenizer: Tokenizer) -> range:
     """The ids of the location tokens, if there are those and in a row."""
     first, last = tokenizer.encode(_FIRST), tokenizer.encode(_LAST)
     in_a_row = len(first) == len(last) == 1 and last[0] - first[0] == 1023

@@ -30,7 +30,8 @@ class Word:
 
     text : as it stands in the answer, spaces included
     token_ids : of the word
-    probability : that the model gave all its tokens, each behind those before it
+    probability : that the model gave all its tokens, each behind those before it, a location
+        with those within a hundredth of the picture's side
     heat [g, g] : of every patch, row by row. With "attention" the share of all attention that the
         patch got, the mean over the word's tokens; with "occlusion" how far the logarithms of its
         tokens' odds fall together where the patch is covered

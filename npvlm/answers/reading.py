@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
+from npvlm.answers.confidence import nearby_gain
 from npvlm.config import Config
 from npvlm.decoding.generate import logits
 from npvlm.decoding.passes import finite
@@ -36,11 +37,14 @@ def read_answer(
     features: Array,
     w: Weights,
     config: Config,
+    places: range,
     *,
     ops: ModuleType,
     tap: Tap,
 ) -> NDArray[np.float64]:
     """Log-probabilities of the answer's tokens, each behind those before it.
+
+    One that is among `places`, the ids of locations, counts with those near to it.
 
     prompt [B], answer [A], features [M, D] -> [A]
 
@@ -51,5 +55,9 @@ def read_answer(
     """
     first = len(prompt) - 1
     scores = finite(logits(prompt, answer[:-1], features, w, config, ops=ops, tap=tap, first=first))
-    pairs = zip(scores, answer, strict=True)  # [A, V], [A]
-    return np.array([ops.log_softmax(row)[token] for row, token in pairs])
+    return np.array(
+        [
+            float(ops.log_softmax(row)[token]) + nearby_gain(row, token, places)
+            for row, token in zip(scores, answer, strict=True)  # [A, V], [A]
+        ]
+    )

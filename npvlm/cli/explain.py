@@ -72,7 +72,6 @@ def explain(
     Attention shows where the model looked as it chose a word, not that this decided it. Occlusion
     covers one part after another and measures how far the odds of the word fall.
     """
-    from npvlm.answers.tasks import max_tokens as usual
     from npvlm.work.gallery import check_output
 
     output = OUTPUT if output is None and html is None else output
@@ -97,7 +96,7 @@ def explain(
         prompt,
         answer=answer,
         method=method,
-        max_tokens=max_tokens or usual(prompt),
+        max_tokens=max_tokens,
         tell=tell,
     )
     click.echo(found.to_json() if as_json else found.answer)
