@@ -636,8 +636,8 @@ class Model:
         ids = own.token_ids[:-1] if own.stop == "eos" else own.token_ids
         if not own.text.strip():
             raise NpvlmError(
-                f"the model answers nothing to {prompt!r}; give the words to explain (answer), or another "
-                "prompt."
+                f"the model answers nothing to {prompt!r}; give the words to explain (answer), or "
+                "another prompt."
             )
         return ids
 
