@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +57,6 @@ def test_a_folder_is_all_its_pictures(folder: Path) -> None:
 
 
 def test_a_picture_comes_down_a_pipe(folder: Path) -> None:
-    import subprocess
-
     with (folder / "a.png").open("rb") as picture:
         result = subprocess.run(
             [*CLI, "detect", "-", LABELS, "-q", "--json"], stdin=picture, capture_output=True
@@ -104,6 +104,7 @@ def test_words_come_as_json(folder: Path) -> None:
         (["caption", "{a}", "--lang", "english please"], "no language code"),
         (["caption", "-", "-"], "named twice"),
         (["chat", "{folder}"], "is 2 pictures, expected one"),
+        (["chat", "-"], "the lines come from stdin"),
         (["tokens", "\udcff"], "no UTF-8"),
     ],
 )
@@ -252,8 +253,37 @@ def test_chat_answers_line_by_line_about_one_look(folder: Path) -> None:
     assert lines[0] == "a red circle and a blue square and an orange star"
     assert lines[1] == "3"
     assert lines[2].startswith("red circle\t") and len(lines) == 3
-    assert "Each line stands alone" in result.stderr
+    assert result.stderr.startswith("Each line stands alone")  # and nobody types
     assert "at most 8192" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_chat_goes_on_after_a_line_that_is_no_utf8_and_ends_when_told(folder: Path) -> None:
+    typed = b"caption en\n\xff hello\nhow many shapes?\n Quit \nocr\n"
+    result = subprocess.run(
+        [*CLI, "chat", folder / "a.png", "--model", "shapes", "-q"],
+        input=typed,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
+    assert result.returncode == 0
+    assert result.stdout == b"a red circle and a blue square and an orange star\n3\n"
+    [said] = result.stderr.splitlines()
+    assert b"no UTF-8" in said
+    assert run("chat", folder / "a.png", "-q", input="exit\nocr\n").stdout == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such terminals there")
+def test_chat_says_what_to_type_where_somebody_types(folder: Path) -> None:
+    import pty  # not everywhere
+
+    ours, theirs = pty.openpty()
+    os.write(ours, b"quit\n")
+    result = run("chat", folder / "a.png", stdin=theirs)
+    os.close(ours)
+    os.close(theirs)
+    assert (result.returncode, result.stdout) == (0, "")
+    hint, alone = result.stderr.splitlines()
+    assert "quit or Ctrl-D ends" in hint and alone.startswith("Each line stands alone")
 
 
 def test_tokens_show_the_whole_layout(folder: Path) -> None:

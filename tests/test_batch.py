@@ -80,7 +80,9 @@ def whole(model: npvlm.Model, listed: Path) -> bytes:
 
 
 def answered(model: npvlm.Model, items: Sequence[Item], output: Path, **options) -> Progress:
-    return run_batch(model, items, output, lambda progress: None, **options)[0]
+    return run_batch(
+        model, items, output, lambda progress: None, lambda path, error: None, **options
+    )[0]
 
 
 def records(path: Path) -> list[dict]:
@@ -99,7 +101,8 @@ def test_a_folder_gives_a_record_for_each_picture_in_order(photos: Path, tmp_pat
     assert [r["index"] for r in found] == list(range(COUNT))
     assert {r["prompt"] for r in found} == {"caption en"}
     summary = one_line(result)
-    for part_of_it in ("32 pictures", "0 errors", "pictures/s", "tokens/s", "MB"):
+    parts = ("32 pictures", "0 errors", "pictures/s", "tokens/s", "MB", f"records in {output}")
+    for part_of_it in parts:
         assert part_of_it in summary
     assert "\r" not in result.stderr  # no progress where nobody watches
 
@@ -117,8 +120,9 @@ def test_on_a_terminal_the_progress_is_shown_and_cleared(photos: Path, tmp_path:
     os.close(ours)
     looks = [line.rstrip() for line in shown.split("\r") if " of 26 pictures" in line]
     assert looks[-1].startswith("26 of 26 pictures · ")
-    assert looks[-1].endswith("/s · 0:00 left · 1 errors")
-    assert shown.split("\r")[-2].startswith("npvlm: 26 pictures, 1 errors")
+    assert looks[-1].endswith("/s · 0:00 left · 1 error")
+    assert "absent.png cannot be opened: No such file or directory\n" in shown.replace("\r", "")
+    assert shown.split("\r")[-2].startswith("npvlm: 26 pictures, 1 error, ")
 
 
 def test_records_hold_what_the_picture_alone_would_give(model, photos: Path, tmp_path) -> None:
@@ -167,6 +171,7 @@ def test_every_task_has_its_prompt(task: str, given: dict, prompt: str) -> None:
         (["--task", "ocr", "--html", "absent/r.html"], "absent is no folder"),
         (["--task", "ocr", "--html", "photos/report"], "among the pictures"),
         (["--task", "ocr", "--html", "photos"], "is there already"),
+        (["--task", "ocr", "-"], "batch reads no stdin"),
     ],
 )
 def test_bad_use_is_refused_before_any_work(photos, tmp_path, monkeypatch, options, says) -> None:
@@ -176,6 +181,92 @@ def test_bad_use_is_refused_before_any_work(photos, tmp_path, monkeypatch, optio
         commands.main(["batch", "photos", "-o", str(output), *options], standalone_mode=False)
     assert says in str(caught.value)
     assert not output.exists()
+
+
+@pytest.fixture
+def work(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a picture, a link to it, a list, an empty folder and a note."""
+    place = tmp_path / "work"
+    (place / "album").mkdir(parents=True)
+    (place / "empty").mkdir()
+    (place / "album/a.png").write_bytes((photos / "00.png").read_bytes())
+    (place / "link.html").symlink_to("album/a.png")
+    (place / "list.csv").write_text(f"image,prompt\nalbum/a.png,ocr\n{'x' * 5000},ocr\n\0,ocr\n")
+    (place / "note").write_text("mine")
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("album -o -", "-o - is no file"),
+        ("album -o absent/out.jsonl", "absent is no folder; make it first"),
+        ("album -o note/out.jsonl", "note is no folder; make it first"),
+        ("album -o out.jsonl --html note/sheet.html", "note is no folder; make it first"),
+        ("album -o X.html --html X.html", "place of the records, too"),
+        ("album -o X.html --html album/../X.html", "place of the records, too"),
+        ("album -o empty/out.jsonl --html empty", "place of the records, too"),
+        ("album -o album/b.PNG", "would be taken for a picture of"),
+        ("album -o album/a.png --resume", "is what is asked about"),
+        ("album -o link.html --resume", "is what is asked about"),
+        ("album -o out.jsonl --html link.html", "is what is asked about"),
+        ("list.csv -o list.csv --resume", "is what is asked about"),
+        ("list.csv -o album/a.png --resume", "is what is asked about"),
+    ],
+)
+def test_nothing_is_written_over_what_is_asked_about(work: Path, arguments: str, says: str) -> None:
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    task = [] if arguments.startswith("list") else ["--task", "ocr"]
+    with pytest.raises(npvlm.UsageError) as caught:
+        commands.main(["batch", *arguments.split(), *task], standalone_mode=False)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == before
+
+
+def test_records_and_sheet_may_lie_among_the_pictures(work: Path) -> None:
+    options = ["--task", "ocr", "-o", "album/out.jsonl", "--html", "album/sheet.html"]
+    result = run("batch", "album", *options, cwd=work)
+    assert result.returncode == 0
+    assert one_line(result).endswith(
+        "records in album/out.jsonl, contact sheet in album/sheet.html"
+    )
+    assert run("batch", "album", *options, "--resume", cwd=work).returncode == 0
+    assert len(records(work / "album/out.jsonl")) == 1
+
+
+@pytest.mark.parametrize("options", [["-o", "out.jsonl"], ["-o", "note", "--resume"]])
+def test_a_place_where_nobody_may_write_is_found_before_the_work(
+    work, monkeypatch, options
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with pytest.raises(npvlm.NpvlmError, match=r"cannot be written \(no permission\)"):
+        commands.main(["batch", "album", "--task", "ocr", *options], standalone_mode=False)
+
+
+def test_a_list_of_another_ending_is_told_apart_from_a_picture(work: Path) -> None:
+    (work / "list.csv").rename(work / "list.txt")
+    with pytest.raises(npvlm.UsageError, match=r"list.txt is text; a list ends in .jsonl or .csv"):
+        read_input(["list.txt"], None)
+    (work / "binary").write_bytes(b"\x89PNG\0")
+    (work / "empty.dat").touch()
+    (work / "text.ppm").write_text("P3 1 1 1 0 0 0")
+    for name in ("binary", "empty.dat", "text.ppm"):
+        assert [item.image for item in read_input([name], "ocr")] == [name]
+
+
+def test_quiet_leaves_what_goes_wrong(work: Path) -> None:
+    options = ["--task", "ocr", "-o", "out.jsonl", "-q"]
+    result = run("batch", "album", *options, cwd=work, env={"NPVLM_MODEL": ""})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    for number in range(5):
+        (work / f"album/{number}.png").touch()
+    command = ["batch", "album", "--task", "ocr", "-o", "wrong.jsonl", "-q"]
+    first = run(*command, cwd=work)
+    said = [f"npvlm: album/{n}.png is empty, expected a picture" for n in range(3)]
+    assert first.stderr.splitlines() == [*said, "npvlm: more errors are in wrong.jsonl"]
+    again = run(*command, "--resume", cwd=work)
+    assert again.returncode == 3 and one_line(again) == "npvlm: 5 errors from before in wrong.jsonl"
 
 
 def lines_of(tmp_path: Path, name: str, data: str | bytes) -> list[tuple]:
@@ -221,8 +312,12 @@ def test_one_question_can_be_asked_about_a_list(tmp_path: Path) -> None:
     path.write_text("image,id\na.png,1\n")
     [item] = read_input([str(path)], "caption en")
     assert (item.prompt, item.extra) == ("caption en", {"id": "1"})
+    with pytest.raises(npvlm.UsageError, match="has no prompts: nothing is asked; give --task"):
+        read_input([str(path)], None)
+    path.write_text("image,prompt\na.png\nb.png,ocr\n")
     assert [item.error for item in read_input([str(path)], None)] == [
-        "line 2 has no text as 'prompt'"
+        "line 2 has 1 columns, expected 2 as in the header",
+        None,
     ]
     path.write_text("image,prompt\na.png,ocr\n")
     with pytest.raises(npvlm.UsageError, match="line 2 has a prompt"):
@@ -269,8 +364,6 @@ def test_a_list_stands_alone(tmp_path: Path, photos: Path) -> None:
         b'{"image": "a.png", "prompt": "ocr", "n": ' + b"9" * 5000 + b"}",
         b'{"image": "", "prompt": "ocr"}',
         b'{"image": ["a.png"], "prompt": "ocr"}',
-        b'{"image": "a.png", "prompt": null}',
-        b'{"image": "a.png"}',
     ],
     ids=lambda line: line[:50],
 )
@@ -313,7 +406,14 @@ def test_the_exit_code_says_that_there_are_errors(listed: Path, tmp_path: Path, 
     output = tmp_path / "out.jsonl"
     for options in ([], ["--resume"]):
         result = run("batch", listed, "-o", output, *options)
-        assert result.returncode == 3 and "9 errors" in one_line(result)
+        *errors, summary = result.stderr.splitlines()
+        assert result.returncode == 3 and "9 errors" in summary
+        assert len(errors) == (0 if options else 4)
+    absent, broken, line, more = run("batch", listed, "-o", tmp_path / "b").stderr.splitlines()[:4]
+    assert absent.startswith(f"npvlm: {listed.with_name('absent.png')} cannot be opened")
+    assert broken.startswith(f"npvlm: {listed.with_name('broken.png')} is no picture")
+    assert line.startswith(f"npvlm: {listed}: line 5 is no JSON")
+    assert more == f"npvlm: more errors are in {tmp_path / 'b'}"
     assert output.read_bytes() == whole
 
 
@@ -444,6 +544,36 @@ def test_what_is_there_is_not_overwritten(photos: Path, tmp_path: Path) -> None:
     assert output.read_text() == "mine\n"
 
 
+@pytest.mark.parametrize(
+    "torn",
+    [
+        b"my notes",
+        b"{",
+        b'{"index": 2',
+        b'{"index": 2, "image"',
+        b'{"index": 3, "image": "a',
+        b"\0",
+    ],
+)
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_last_line_that_begins_no_next_record_is_left_alone(tmp_path, torn, kept: int) -> None:
+    expected = [({"index": i, "image": "a", "prompt": "b"}, {}) for i in range(4)]
+    whole = b"".join(json.dumps(head).encode() + b"\n" for head, _ in expected[:kept])
+    output = tmp_path / "out.jsonl"
+    output.write_bytes(whole + torn)
+    if torn == b"{" or (kept == 2 and torn.startswith(b'{"index": 2')):
+        with open_records(output, expected, True) as file:
+            assert file.kept == kept
+        assert output.read_bytes() == whole
+        return
+    with (
+        pytest.raises(npvlm.UsageError, match=f"line {kept + 1} is no record"),
+        open_records(output, expected, True),
+    ):
+        pass
+    assert output.read_bytes() == whole + torn
+
+
 def test_two_cannot_write_one_file(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     output = tmp_path / "out.jsonl"
@@ -459,7 +589,7 @@ def test_two_cannot_write_one_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("place", "says"),
-    [("absent/out.jsonl", "No such file"), ("/dev/full", "no regular file"), ("", "directory")],
+    [("absent/out.jsonl", "is no folder"), ("/dev/full", "no regular file"), ("", "directory")],
 )
 def test_a_place_that_cannot_be_written_is_said(photos, tmp_path: Path, place, says) -> None:
     result = run("batch", photos, "--task", "ocr", "-o", tmp_path / place)

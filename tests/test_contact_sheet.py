@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ import npvlm
 from npvlm.files.thumbnails import thumbnail
 from npvlm.work.batch_input import Item
 from npvlm.work.contact_sheet import AHEAD, SIDE, check_place, contact_sheet
+from npvlm.work.demo import draw_picture
 from tests.browser import CHROMIUM, Page
 from tests.test_cli import one_line, run
 
@@ -33,7 +35,7 @@ def make_sheet(place: Path, count: int, picture: Path | None = None) -> list[dic
         item = Item(i, f"album/{i:05}.png", "segment cat ; dog", path, {"note": HOSTILE})
         record = item.head
         if i % 10 == 9:
-            record["error"] = f"{i} is no picture {HOSTILE}"
+            record["error"] = f"{path} is no picture {HOSTILE}"
         else:
             sure = (i % 8 + 1) / 9
             boxes = [
@@ -82,17 +84,18 @@ def views(page: Path) -> list[dict[str, Any]]:
 # What is written
 
 
-def test_one_file_holds_everything_but_what_is_long(sheet: Path) -> None:
+def test_one_file_holds_everything_but_what_is_long(sheet: Path, picture: Path) -> None:
     found = views(sheet)
     assert [view["record"]["index"] for view in found] == list(range(COUNT))
     for view in found:
         assert not {"token_ids", "logprobs"} & view["record"].keys()
         assert view["record"]["note"] == HOSTILE
         if "error" in view["record"]:
+            assert view["reason"] == view["record"]["error"].removeprefix(f"{picture} ")
             assert not {"thumbnail", "confidence"} & view.keys()
             continue
         kind, _, data = view["thumbnail"].partition(",")
-        assert kind == "data:image/jpeg;base64"
+        assert kind == "data:image/png;base64" and view["tiny"]
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == (120, 80)
         assert view["confidence"] == pytest.approx((view["record"]["index"] % 8 + 1) / 9)
         assert all("mask" not in box and box["polygons"] for box in view["record"]["boxes"])
@@ -110,7 +113,7 @@ def test_a_folder_holds_the_same_with_thumbnails_beside(picture: Path, sheet: Pa
     make_sheet(place, COUNT, picture)
     apart, within = views(place / "index.html"), views(sheet)
     names = [view.get("thumbnail") for view in apart]
-    assert names[:2] == ["thumbnails/000000.jpg", "thumbnails/000001.jpg"]
+    assert names[:2] == ["thumbnails/000000.png", "thumbnails/000001.png"]
     for one, other in zip(apart, within, strict=True):
         if name := one.get("thumbnail"):
             data = base64.b64encode((place / name).read_bytes()).decode()
@@ -136,17 +139,34 @@ def test_thumbnails_are_small_upright_and_on_white(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     large.save(tmp_path / "large.jpg", exif=exif)
-    data, width, height = thumbnail(tmp_path / "large.jpg", SIDE)
-    assert (height, width) == (SIDE, round(SIDE / 3)) and len(data) < 20_000
+    small = thumbnail(tmp_path / "large.jpg", SIDE)
+    assert (small.height, small.width) == (SIDE, round(SIDE / 3)) and len(small.data) < 20_000
     Image.new("RGBA", (10, 10)).save(tmp_path / "clear.png")
-    data, width, height = thumbnail(tmp_path / "clear.png", SIDE)
-    small = Image.open(io.BytesIO(data))
-    assert small.size == (width, height) == (10, 10)  # never enlarged
-    assert small.getpixel((5, 5)) == (255, 255, 255)
+    clear = thumbnail(tmp_path / "clear.png", SIDE)
+    shown = Image.open(io.BytesIO(clear.data))
+    assert shown.size == (clear.width, clear.height) == (10, 10)  # never enlarged
+    assert shown.getpixel((5, 5)) == (255, 255, 255)
     (tmp_path / "broken.jpg").write_bytes((tmp_path / "large.jpg").read_bytes()[:900])
     for name in ("broken.jpg", "absent.jpg"):
         with pytest.raises(npvlm.NpvlmError, match=name):
             thumbnail(tmp_path / name, SIDE)
+
+
+def test_tiny_pictures_are_kept_as_they_are_and_drawings_have_no_rings(tmp_path: Path) -> None:
+    path = tmp_path / "drawn.png"
+    for size in ((128, 96), (320, 240), (900, 675), (3, 800)):
+        drawn = draw_picture().resize(size, Image.Resampling.NEAREST)
+        drawn.save(path)
+        small = thumbnail(path, SIDE)
+        shown = Image.open(io.BytesIO(small.data))
+        assert shown.format == ("PNG" if max(size) <= 128 else "JPEG") == small.kind.upper()
+        expected = drawn.copy()
+        expected.thumbnail((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=None)
+        assert shown.size == expected.size
+        away = np.abs(np.asarray(shown).astype(int) - np.asarray(expected))
+        assert away.max() == 0 if small.kind == "png" else 0 < away.mean() < 0.8
+        if small.kind == "jpeg":
+            assert {layer[1:3] for layer in shown.layer} == {(1, 1)}  # colours at full size
 
 
 def test_batch_writes_a_sheet_and_can_do_so_afterwards(picture: Path, tmp_path: Path) -> None:
@@ -225,7 +245,7 @@ def test_the_filter_finds_words_numbers_and_errors(page: Page) -> None:
     assert wanted(page, "word31") == [31]
     assert wanted(page, "ALBUM/00007") == [7]
     assert wanted(page, "error") == list(range(9, COUNT, 10))
-    assert wanted(page, '"9 is no picture"') == list(range(9, COUNT, 10))
+    assert wanted(page, '"is no picture"') == list(range(9, COUNT, 10))
     assert wanted(page, "segment") == []  # all share the prompt
     assert text(page, "#none") == "No picture fits the filter."
     expected = [i for i in range(COUNT) if i % 10 != 9 and i % 3 == 2 and i % 8 < 2]
@@ -277,10 +297,52 @@ def test_arrows_move_between_cards_and_enter_opens(page: Page) -> None:
 @needs_chromium
 def test_an_error_says_why_and_has_no_picture(page: Page) -> None:
     wanted(page, "error")
+    assert text(page, ".card .stage").startswith(f"is no picture {HOSTILE.split('&')[0]}")
+    assert text(page, ".card .said .text") == "no answer"
+    fits = "(c => c.scrollWidth <= c.clientWidth)(document.querySelector('.card .stage'))"
+    assert page.run(fits)
     page.click(".card", 0)
     assert HOSTILE.split("&")[0] in text(page, ".facts .wrong")
     assert count(page, "dialog svg") == 0
+    shape = "(r => [r.width, r.height])(dialog.getBoundingClientRect())"
+    wide, high = page.run(shape)
+    assert wide <= 560 and high < 500
+    assert page.run("getComputedStyle(stage).display") == "none"
     page.key("Escape")
+    wanted(page, "word1")
+    page.click(".card", 0)
+    assert page.run(shape)[0] > 1000 and page.run("getComputedStyle(stage).display") == "grid"
+    page.key("Escape")
+
+
+@needs_chromium
+def test_tiny_pictures_have_square_pixels_and_narrow_ones_a_frame(page: Page, tmp_path) -> None:
+    draw_picture().resize((24, 20)).save(tmp_path / "a.png")
+    draw_picture().resize((3, 800)).save(tmp_path / "b.png")
+    draw_picture().save(tmp_path / "c.png")
+    items = [
+        Item(i, name, "ocr", tmp_path / name) for i, name in enumerate(("a.png", "b.png", "c.png"))
+    ]
+    sizes = [
+        {"width": 24, "height": 20},
+        {"width": 3, "height": 800},
+        {"width": 448, "height": 448},
+    ]
+    answers = [
+        {**item.head, **size, "text": "", "logprobs": [0.0]}
+        for item, size in zip(items, sizes, strict=True)
+    ]
+    contact_sheet(items, iter(answers), tmp_path / "sheet.html", lambda *_: None)
+    page.open(tmp_path / "sheet.html")
+    page.settled()
+    looks = (
+        "[...document.querySelectorAll('.card image')].map(i => getComputedStyle(i).imageRendering)"
+    )
+    assert page.run(looks) == ["pixelated", "auto", "auto"]
+    framed = (
+        "[...document.querySelectorAll('.card svg')].map(s => s.querySelectorAll('.frame').length)"
+    )
+    assert page.run(framed) == [0, 1, 0]
 
 
 @needs_chromium

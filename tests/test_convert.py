@@ -613,6 +613,35 @@ def test_a_signal_in_the_middle_leaves_nothing(tmp_path: Path, number: int, code
     assert left_in(tmp_path) == ["source"]
 
 
+# --- the mask decoder --------------------------------------------------------------------------
+
+
+def test_a_converted_model_still_paints_masks(tmp_path: Path) -> None:
+    convert("shapes", tmp_path / "small", "int8", quiet)
+    decoder = (tmp_path / "small" / "vae.safetensors").read_bytes()
+    assert decoder == (SHAPES.parent / "vae.safetensors").read_bytes()
+    picture = draw_picture()
+    [box] = npvlm.load(tmp_path / "small").segment(picture, "red circle").boxes
+    [same] = npvlm.load("shapes").segment(picture, "red circle").boxes
+    assert box.mask is not None and same.mask is not None
+    ours, theirs = box.mask > 0, same.mask > 0
+    assert (ours & theirs).sum() / (ours | theirs).sum() > 0.8
+
+
+@pytest.mark.parametrize("name", ["vae-oid.npz", "vae.safetensors"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_mask_decoder_comes_along_under_its_own_name(
+    tmp_path: Path, name: str, beside: bool
+) -> None:
+    source, _ = a_source(tmp_path / "source")
+    (tmp_path / name if beside else source / name).write_text("masks")
+    (tmp_path / "there").mkdir()
+    convert(source, tmp_path / "there/new", "bfloat16", quiet)
+    expected = sorted([name, "config.json", "model.safetensors"])
+    assert left_in(tmp_path / "there/new") == expected
+    assert (tmp_path / "there/new" / name).read_text() == "masks"
+
+
 # --- docs/format.md ----------------------------------------------------------------------------
 
 FORMAT = (Path(npvlm.__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")

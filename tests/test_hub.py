@@ -255,7 +255,7 @@ def test_without_the_extra_the_commands_are_printed_and_what_is_here_still_opens
 ) -> None:
     hidden = "sys.modules['huggingface_hub'] = None"
     said = last_line(altered(hidden, hub, "fetch", "paligemma-3b-mix-224"))
-    assert "`pip install 'npvlm[hub]'`" in said
+    assert "`pip install huggingface_hub`" in said
     by_hand = "`hf download google/paligemma-3b-mix-224 --revision bfloat16 --local-dir "
     assert f"{by_hand}paligemma-3b-mix-224`" in said
     assert f"{hub.address}/google/paligemma-3b-mix-224" in said
@@ -264,6 +264,36 @@ def test_without_the_extra_the_commands_are_printed_and_what_is_here_still_opens
     arguments = ("generate", str(photo), "--prompt", "caption en", "--model", REPO)
     assert altered(hidden, hub, *arguments).returncode == 0
     assert altered(hidden, hub, "fetch", REPO, "-q").stdout == folder
+
+
+def test_a_bundled_model_needs_no_fetching(hub: Hub) -> None:
+    for options in ((), ("--dry-run",)):
+        result = fetch(hub, "shapes", *options)
+        assert (result.returncode, result.stdout) == (0, f"{SHAPES}\n")
+        assert result.stderr == "npvlm: shapes is in the box; nothing to fetch\n"
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://hub.invalid"])
+def test_a_hub_that_cannot_be_reached_is_said_with_the_reason(address: str) -> None:
+    for options in ((), ("--dry-run",)):
+        result = run("fetch", REPO, *options, env={"HF_ENDPOINT": address})
+        said = last_line(result)
+        assert said.startswith(f"npvlm: {address} cannot be reached (")
+        assert said.endswith("); check the network and HF_ENDPOINT.")
+
+
+def test_a_connection_refused_midway_says_that_what_has_come_is_kept(hub: Hub) -> None:
+    gone = (
+        "import huggingface_hub.file_download as d\n"
+        "def get(*_, **__): raise RuntimeError from ConnectionRefusedError(111, 'refused')\n"
+        "d.http_get = get"
+    )
+    said = last_line(altered(gone, hub, "fetch", REPO, "-q"))
+    assert said.endswith(
+        "cannot be reached (refused); check the network and HF_ENDPOINT, and fetch again: "
+        "what has come is kept."
+    )
 
 
 def test_two_fetches_at_once_share_the_work(home: Path) -> None:

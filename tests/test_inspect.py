@@ -193,6 +193,15 @@ def test_a_packed_folder_says_so_and_has_one_precision(tmp_path: Path, precision
     assert need.weights == sum(kind.bytes for kind in found.types)
 
 
+def test_a_bundled_model_is_a_toy_and_its_page_says_what_to_ask() -> None:
+    found = inspect("shapes")
+    assert found.kind.kind == "toy"
+    lines = " ".join(page(found).split())
+    card = Path(npvlm.__file__).parent / "bundled" / "shapes" / "README.md"
+    assert f"kind a toy that is in the box prompts those of {card} load" in lines
+    assert "What to ask" in card.read_text()
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="Gemma's vocabulary is not at hand")
 def test_gemmas_vocabulary_is_recognised(tmp_path: Path) -> None:
     shutil.copy(REAL / "tokenizer.model", tmp_path)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from npvlm.cli.asking import max_tokens_option
 from npvlm.cli.interruption import Terminated
-from npvlm.cli.options import model_option, open_model, precision_option, threads_option
-from npvlm.cli.progress import ProgressLine
+from npvlm.cli.options import (
+    model_option,
+    named_model,
+    open_model,
+    precision_option,
+    quiet_option,
+    threads_option,
+)
+from npvlm.cli.progress import ProgressLine, counted
 
 if TYPE_CHECKING:
     from npvlm.work.batch import Progress
+    from npvlm.work.batch_input import Item
     from npvlm.work.memory import Memory
 
+ERRORS_SAID = 3  # on stderr; all are in the records
 # Which options a task takes.
 TASKS = {
     "caption": ("lang",),
@@ -56,13 +67,11 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     type=click.Path(path_type=Path),
     help="Write a contact sheet, too: one file if the name ends in .html, else a folder.",
 )
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), help="Of an answer.  [default: by the task]"
-)
+@max_tokens_option
 @model_option
 @precision_option
 @threads_option
-@click.option("-q", "--quiet", is_flag=True, help="No progress, no summary.")
+@quiet_option
 def batch(
     inputs: tuple[str, ...],
     output: Path,
@@ -103,18 +112,14 @@ def batch(
 
     from npvlm.work.batch import run_batch
     from npvlm.work.batch_input import part, read_input
+    from npvlm.work.batch_places import check_places
 
-    items = part(read_input(inputs, asked), *shard)
-    if html is not None:
-        from npvlm.work.contact_sheet import check_place
-
-        check_place(html, inputs)
-    if model is None:
-        model = "shapes"
-        note = "the toy `shapes` answers: it knows drawn shapes and digits; --model names another."
-        click.echo(f"npvlm: {note}", err=True)
-    opened = open_model(model, precision, "kernels")
+    everything = read_input(inputs, asked)
+    check_places(output, html, inputs, everything)
+    items = part(everything, *shard)
+    opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
     line, last = ProgressLine("pictures", quiet), None
+    errors = Errors(output, line)
 
     def tell(progress: Progress) -> None:
         nonlocal last
@@ -122,7 +127,9 @@ def batch(
         line.show(progress.done, progress.total, progress.kept, progress.errors)
 
     try:
-        last, memory = run_batch(opened, items, output, tell, max_tokens=max_tokens, resume=resume)
+        last, memory = run_batch(
+            opened, items, output, tell, errors.add, max_tokens=max_tokens, resume=resume
+        )
     except (KeyboardInterrupt, Terminated):
         line.clear()
         if last is not None:
@@ -131,22 +138,54 @@ def batch(
         raise
     finally:
         line.clear()
-    if not quiet:
-        click.echo(f"npvlm: {_summary(last, memory)}", err=True)
-    if html is not None:
-        from npvlm.work.batch_output import read_records
-        from npvlm.work.contact_sheet import contact_sheet
-
-        line = ProgressLine("thumbnails", quiet)
-        contact_sheet(items, read_records(output), html, line.show)
-        line.clear()
+    places = f"records in {output}"
+    try:
+        if html is not None:
+            _write_sheet(items, output, html, quiet)
+            places += f", contact sheet in {html}"
+    finally:  # the records are there all the same
+        if not quiet:
+            click.echo(f"npvlm: {_summary(last, memory)}; {places}", err=True)
+        elif last.errors and not errors.count:
+            click.echo(f"npvlm: {counted(last.errors, 'error')} from before in {output}", err=True)
     return 3 if last.errors else 0
+
+
+class Errors:
+    """The first errors, said on stderr as they come, and where the others are."""
+
+    def __init__(self, output: Path, line: ProgressLine) -> None:
+        self._output, self._line = output, line
+        self.count = 0
+
+    def add(self, path: Path, error: str) -> None:
+        """Say an error, of a picture or in the list at `path`, unless enough are said."""
+        self.count += 1
+        if self.count > ERRORS_SAID + 1:
+            return
+        self._line.clear()
+        if self.count > ERRORS_SAID:
+            error = f"more errors are in {self._output}"
+        elif not error.startswith(str(path)):
+            error = f"{path}: {error}"
+        click.echo(f"npvlm: {error}", err=True)
+
+
+def _write_sheet(items: Sequence[Item], output: Path, html: Path, quiet: bool) -> None:
+    from npvlm.work.batch_output import read_records
+    from npvlm.work.contact_sheet import contact_sheet
+
+    line = ProgressLine("thumbnails", quiet)
+    try:
+        contact_sheet(items, read_records(output), html, line.show)
+    finally:
+        line.clear()
 
 
 def _summary(ended: Progress, memory: Memory | None) -> str:
     """What a run did, in one line."""
     new = ended.done - ended.kept
-    parts = [f"{new} pictures", f"{ended.errors} errors", f"{ended.seconds:.1f} s"]
+    parts = [counted(new, "picture"), counted(ended.errors, "error"), f"{ended.seconds:.1f} s"]
     if ended.kept:
         parts.insert(1, f"{ended.kept} from before")
     if new:
@@ -154,7 +193,7 @@ def _summary(ended: Progress, memory: Memory | None) -> str:
         parts += [f"{ended.rate:.2f} pictures/s", f"{tokens:.1f} tokens/s"]
     if memory is not None:
         parts.append(f"{memory.resident / 1e6:,.0f} MB of memory at most")
-    return f"{', '.join(parts)}."
+    return ", ".join(parts)
 
 
 def prompt_of(task: str | None, prompt: str | None, **given: str | None) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npvlm.cli.asking import Tail, box_columns, one_picture
+from npvlm.cli.asking import STDIN, Tail, box_columns, max_tokens_option, one_picture
 from npvlm.cli.lines import line as columns
 from npvlm.cli.options import (
     model_option,
@@ -23,21 +23,16 @@ if TYPE_CHECKING:
     from npvlm.api import Answer, Model, Seen
 
 TASKS = ("answer", "cap", "caption", "describe", "detect", "ocr", "question", "segment")
-GREETING = (
-    "Type a prompt, such as caption en, detect cat ; dog, or a question; Ctrl-D ends.\n"
-    "Each line stands alone: PaliGemma does not remember what was said before."
-)
+HINT = "Type a prompt, such as caption en, detect cat ; dog, or a question; quit or Ctrl-D ends."
+ALONE = "Each line stands alone: PaliGemma does not remember what was said before."
+ENDS = ("quit", "exit")
 
 
 @click.command()
 @click.argument("image")
 @model_option
 @precision_option
-@click.option(
-    "--max-tokens",
-    type=click.IntRange(min=1),
-    help="Most tokens of an answer.  [default: what the task needs]",
-)
+@max_tokens_option
 @quiet_option
 @threads_option
 def chat(
@@ -47,10 +42,14 @@ def chat(
 
     Each line stands alone: PaliGemma is no chat model and does not remember what was said before. A
     line that begins with no task (caption, detect, ...) is asked as a question: answer en LINE.
+    Lines are typed, or come down a pipe; quit or exit ends.
 
     \b
     npvlm chat photo.jpg --model paligemma-3b-mix-224
+    npvlm chat photo.jpg < questions.txt
     """
+    if image == STDIN:
+        raise click.UsageError("the lines come from stdin, so the picture cannot: name a file.")
     picture = one_picture(image)
     from npvlm.answers.tasks import max_tokens as usual
     from npvlm.answers.tasks import task_of
@@ -61,7 +60,8 @@ def chat(
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
     seen = opened.look(picture)
     if not quiet:
-        click.echo(GREETING, err=True)
+        typed = sys.stdin is not None and sys.stdin.isatty()
+        click.echo(f"{HINT}\n{ALONE}" if typed else ALONE, err=True)
     for line in _lines():
         prompt = line if task_of(line) in TASKS else f"answer en {line}"
         tail, finds = Tail(), task_of(prompt) in ("detect", "segment")
@@ -86,7 +86,9 @@ def _boxes(model: Model, answer: Answer, seen: Seen) -> str:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, or comes down a pipe, without empty lines."""
+    """What is typed, or comes down a pipe, without empty lines, until it ends or a line says so."""
+    if sys.stdin is None:  # as it is where the shell closed it
+        return
     typing = sys.stdin.isatty() and sys.stdout.isatty()
     if typing:
         import readline  # noqa: F401 (importing it makes lines editable)
@@ -96,6 +98,8 @@ def _lines() -> Iterator[str]:
         except EOFError:
             if typing:
                 click.echo()
+            return
+        if line.strip().lower() in ENDS:
             return
         if line.strip():
             yield line.strip()

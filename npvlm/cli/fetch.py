@@ -33,6 +33,7 @@ def fetch(model: str, revision: str | None, dry_run: bool, quiet: bool) -> None:
     what broke off goes on where it ended. The folder is in the cache that the hub's own tools use
     (HF_HOME); HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are theirs as well.
     """
+    from npvlm.api import BUNDLED
     from npvlm.files import download, hub
 
     def say(what: str) -> None:
@@ -43,6 +44,10 @@ def fetch(model: str, revision: str | None, dry_run: bool, quiet: bool) -> None:
         if sys.stderr is None or not sys.stderr.isatty():  # else a bar says it
             say(f"{file.name}, {_size(file.size)}")
 
+    if revision is None and model in (path.name for path in BUNDLED.iterdir() if path.is_dir()):
+        say(f"{model} is in the box; nothing to fetch")
+        click.echo(BUNDLED / model)
+        return
     wanted = _wanted(model, revision)
     try:
         remote = download.look_up(wanted)

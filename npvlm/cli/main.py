@@ -82,9 +82,9 @@ def main() -> NoReturn:
     listen()
     # Numbers that overflow are met where they matter; a warning with a source line helps no one.
     warnings.simplefilter("ignore", RuntimeWarning)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if stream is not None:  # as it is where the shell closed it
-            # A path need not be UTF-8; its bytes come out as they went in.
+            # A path or a line need not be UTF-8; its bytes come out as they went in.
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     sys.exit(_run())
 

@@ -30,7 +30,7 @@ class ProgressLine:
         if rate:
             parts += [f"{rate:.1f}/s", f"{clock((total - done) / rate)} left"]
         if errors:
-            parts.append(f"{errors} errors")
+            parts.append(counted(errors, "error"))
         self._write(" · ".join(parts))
 
     def clear(self) -> None:
@@ -42,6 +42,11 @@ class ProgressLine:
     def _write(self, text: str) -> None:
         click.echo(f"\r{text.ljust(self._width)}", nl=False, err=True)
         self._width = len(text)
+
+
+def counted(number: int, thing: str) -> str:
+    """A number of things: 1 error, 2 errors."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def clock(seconds: float) -> str:

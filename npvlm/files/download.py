@@ -8,9 +8,11 @@ when it is used: npvlm runs without it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ _TIMEOUT = 30  # seconds for the hub to say what there is
 _ROOM = 2**26  # bytes left for everyone else
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
 _SAID = 200  # characters of what the hub says of an error
 
 Say = Callable[[str], None]
@@ -107,7 +110,7 @@ def look_up(wanted: Wanted) -> Remote:
     hub = _library(wanted)
     known = wanted.published
     revision = wanted.revision or (known.revision if known else "main")
-    with _refusals(wanted, revision, known is not None):
+    with _refusals(wanted, revision, known is not None, begun=False):
         info = hub.HfApi(endpoint=endpoint()).model_info(
             wanted.repo, revision=revision, timeout=_TIMEOUT, files_metadata=True
         )
@@ -178,7 +181,7 @@ def _library(wanted: Wanted) -> Any:
     except ImportError:
         raise NotAsked(
             "fetching needs huggingface_hub, which is not installed: run "
-            f"`pip install 'npvlm[hub]'`, or fetch by hand with {by_hand(wanted)}."
+            f"`pip install huggingface_hub`, or fetch by hand with {by_hand(wanted)}."
         ) from None
     except ValueError as error:  # it reads its variables here
         raise NpvlmError(
@@ -239,7 +242,7 @@ def _bring(hub: Any, remote: Remote, file: RemoteFile) -> None:
     url = hub.hf_hub_url(wanted.repo, file.name, revision=remote.commit, endpoint=endpoint())
     # The lock that the hub's own tools take: two at once would write one file.
     lock = locks / f"{file.digest}.lock"
-    with _refusals(wanted, remote.revision, True), hub.utils.WeakFileLock(lock):
+    with _refusals(wanted, remote.revision, True, begun=True), hub.utils.WeakFileLock(lock):
         if not blob.exists():
             if _size_of(part) > file.size:
                 part.unlink()
@@ -335,11 +338,11 @@ def _unwritable(error: OSError) -> NpvlmError:
 
 
 @contextmanager
-def _refusals(wanted: Wanted, revision: str, known: bool) -> Iterator[None]:
+def _refusals(wanted: Wanted, revision: str, known: bool, *, begun: bool) -> Iterator[None]:
     """Say in a sentence whatever goes wrong between here and the hub.
 
     A model that is `known` to be there and refused is gated; of any other that may mean that there
-    is none, for the hub does not tell strangers.
+    is none, for the hub does not tell strangers. Once files have `begun` to come, they are kept.
 
     The library raises errors of its HTTP client, of which different releases use different ones,
     and whatever it makes of an answer that is none of a hub's.
@@ -349,12 +352,15 @@ def _refusals(wanted: Wanted, revision: str, known: bool) -> Iterator[None]:
     except NpvlmError:
         raise
     except Exception as error:
-        raise _refusal(error, wanted, revision, known) from error
+        raise _refusal(error, wanted, revision, known, begun) from error
 
 
-def _refusal(error: Exception, wanted: Wanted, revision: str, known: bool) -> NpvlmError:
+def _refusal(
+    error: Exception, wanted: Wanted, revision: str, known: bool, begun: bool
+) -> NpvlmError:
     from huggingface_hub import errors
 
+    kept = ": what has come is kept" if begun else ""
     response = getattr(error, "response", None)
     status = response.status_code if response is not None else None
     said = getattr(error, "server_message", None) or ""
@@ -386,14 +392,30 @@ def _refusal(error: Exception, wanted: Wanted, revision: str, known: bool) -> Np
     if status is not None:
         return NpvlmError(
             f"{endpoint()} answered {status} for {wanted.repo}{_in_brackets(said)}; try again "
-            "later: what has come is kept."
+            f"later{kept}."
+        )
+    if unreached := _unreached(error):
+        return NpvlmError(
+            f"{endpoint()} cannot be reached ({unreached}); check the network and HF_ENDPOINT"
+            f"{', and fetch again' if begun else ''}{kept}."
         )
     if isinstance(error, OSError) and error.errno is not None:  # the disk; others have none
         return _unwritable(error)
     return NpvlmError(
         f"{endpoint()} gave no whole answer ({_one_line(error)}); check the network and "
-        "HF_ENDPOINT, and fetch again: what has come is kept."
+        f"HF_ENDPOINT, and fetch again{kept}."
     )
+
+
+def _unreached(error: BaseException) -> str:
+    """Why no connection came about, as the system says it below what the library made of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        no_way = isinstance(cause, OSError) and cause.errno in _NO_WAY
+        if no_way or isinstance(cause, ConnectionRefusedError | socket.gaierror):
+            return _one_line(getattr(cause, "strerror", None) or cause)
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 def _in_brackets(said: str) -> str:

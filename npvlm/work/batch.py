@@ -49,6 +49,7 @@ def run_batch(
     items: Sequence[Item],
     output: Path,
     tell: Callable[[Progress], None],
+    tell_error: Callable[[Path, str], None],
     *,
     max_tokens: int | None = None,
     resume: bool = False,
@@ -58,6 +59,7 @@ def run_batch(
     Parameters
     ----------
     tell : is told at the beginning and after each record how far things are
+    tell_error : is told of each picture, or list with a broken line, why there is no answer
     max_tokens : most tokens of an answer; by default what its task needs
     resume : go on after the records that the file holds
 
@@ -80,8 +82,11 @@ def run_batch(
             return Progress(len(items), kept, records.kept, records.errors, tokens, seconds)
 
         tell(now())
-        for record in answer(model, items[kept:], max_tokens):
+        asked = items[kept:]
+        for item, record in zip(asked, answer(model, asked, max_tokens), strict=True):
             records.append(record)
+            if "error" in record:
+                tell_error(item.path, record["error"])
             tokens += len(record.get("token_ids", ()))
             tell(now())
     return now(), peak.memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -12,13 +13,16 @@ from typing import Any, NoReturn
 
 from npvlm.answers.lines import json_line
 from npvlm.errors import NpvlmError, UsageError
-from npvlm.files.listing import list_pictures
+from npvlm.files.listing import list_pictures, picture_suffixes
 
 LISTS = (".jsonl", ".csv")
+STDIN = "-"
 # What records say themselves: a list may have any other fields.
 _TAKEN = ["index", "text", "token_ids", "logprobs", "logprob", "stop", "model", "precision"]
 _TAKEN += ["max_tokens", "width", "height", "boxes", "unread", "error"]
 _BOM = b"\xef\xbb\xbf"
+_LOOK = 4096  # bytes of a file that tell whether it is text
+_NOTHING = "nothing is asked; give --task or --prompt, or a list with prompts."
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,14 @@ def read_input(names: Sequence[str], prompt: str | None) -> list[Item]:
     NpvlmError
         For a file or folder that cannot be read.
     """
+    if STDIN in names:
+        raise UsageError("batch reads no stdin; name files, folders, patterns or a list.")
     lists = [name for name in names if name.lower().endswith(LISTS)]
     if not lists:
+        if len(names) == 1 and _is_other_text(Path(names[0])):
+            raise UsageError(f"{names[0]} is text; a list ends in {' or '.join(LISTS)}: rename it.")
         if prompt is None:
-            raise UsageError("nothing is asked; give --task or --prompt, or a list with prompts.")
+            raise UsageError(_NOTHING)
         paths = list_pictures(names)
         return [Item(i, str(path), prompt, path) for i, path in enumerate(paths)]
     if len(names) > 1:
@@ -76,6 +84,9 @@ def read_input(names: Sequence[str], prompt: str | None) -> list[Item]:
     items = [_item(path, prompt, i, *line) for i, line in enumerate(read(path))]
     if not items:
         raise UsageError(f"{path} is empty, expected a line for each picture.")
+    named = [item for item in items if item.image is not None]
+    if named and all(item.prompt is None for item in named):
+        raise UsageError(f"{path} has no prompts: {_NOTHING}")
     return items
 
 
@@ -106,6 +117,18 @@ def _item(
         image, prompt = (v if isinstance(v, str) else None for v in (image, prompt))
         return Item(index, image, prompt, path, extra, error)
     return Item(index, image, prompt, path.parent / str(image), extra)
+
+
+def _is_other_text(path: Path) -> bool:
+    """Whether a file is text, as a list is, and its name is not that of a picture."""
+    if path.suffix.lower() in picture_suffixes() or not path.is_file():
+        return False
+    start = _bytes(path, _LOOK)
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(start)  # a letter may be cut at the end
+    except UnicodeDecodeError:
+        return False
+    return bool(start) and b"\0" not in start
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -153,8 +176,10 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         raise NpvlmError(f"{path} line {rows.line_num} is no CSV: {error}.") from None
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path, most: int = -1) -> bytes:
+    """What a file holds, or the beginning of it."""
     try:
-        return path.read_bytes().removeprefix(_BOM)
+        with path.open("rb") as file:
+            return file.read(most).removeprefix(_BOM)
     except OSError as error:
         raise NpvlmError(f"{path} cannot be read: {error.strerror}.") from None

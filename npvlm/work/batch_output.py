@@ -53,7 +53,7 @@ def open_records(
     Parameters
     ----------
     expected : for each record what it says in any case, and what an answer says besides
-    resume : keep the records there are, drop a line that is not whole, and append
+    resume : keep the records there are, drop the beginning of the next one, and append
 
     Raises
     ------
@@ -107,16 +107,24 @@ def _check(path: Path, expected: Sequence[tuple[Record, Record]]) -> tuple[int, 
     kept = errors = size = 0
     with path.open("rb") as lines:
         for line in lines:
-            if not line.endswith(b"\n"):
-                break
             where = f"{path} line {kept + 1}"
             if kept == len(expected):
                 raise UsageError(f"{where}: expected {kept} records; is the input another one?")
+            if not line.endswith(b"\n"):
+                _check_torn(line, expected[kept][0], where)
+                break
             record, (always, answered) = _record(line, where), expected[kept]
             failed = "error" in record
             _compare(record, always if failed else {**always, **answered}, where)
             kept, size, errors = kept + 1, size + len(line), errors + failed
     return kept, errors, size
+
+
+def _check_torn(line: bytes, expected: Record, where: str) -> None:
+    """Refuse a last line without an end that is no beginning of the record that comes next."""
+    start = json_line({"index": expected["index"]}).removesuffix("}").encode() + b","
+    if not (line.startswith(start) or start.startswith(line)):
+        raise _no_record(where)
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
@@ -125,8 +133,12 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
-        raise UsageError(f"{where} is no record; did a batch write this file?")
+        raise _no_record(where)
     return record
+
+
+def _no_record(where: str) -> UsageError:
+    return UsageError(f"{where} is no record; did a batch write this file?")
 
 
 def _compare(record: Record, expected: Record, where: str) -> None:

@@ -17,7 +17,7 @@ from npvlm.answers.drawing import COLOURS
 from npvlm.answers.lines import json_line
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.output import check_new, new_file, new_folder
-from npvlm.files.thumbnails import thumbnail
+from npvlm.files.thumbnails import Thumbnail, thumbnail
 from npvlm.work.batch_input import Item
 
 PARTS = Path(__file__).parent / "sheet_files"
@@ -25,8 +25,6 @@ SIDE = 320  # pixels of a thumbnail's longer side
 AHEAD = 64  # thumbnails made before they are written
 # What is long and not to be looked at; the records have it.
 _LONG = ("token_ids", "logprobs", "mask")
-
-Thumbnail = tuple[bytes, int, int]
 
 
 def is_file(place: Path) -> bool:
@@ -81,16 +79,16 @@ def contact_sheet(
     with new_folder(place) as folder:
         (folder / "thumbnails").mkdir()
 
-        def beside(index: int, jpeg: bytes) -> str:
-            name = f"thumbnails/{index:06}.jpg"
-            (folder / name).write_bytes(jpeg)
+        def beside(index: int, small: Thumbnail) -> str:
+            name = f"thumbnails/{index:06}.{small.kind}"
+            (folder / name).write_bytes(small.data)
             return name
 
         _write(folder / "index.html", _views(items, records, tell, beside))
 
 
-def _within(index: int, jpeg: bytes) -> str:
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+def _within(index: int, small: Thumbnail) -> str:
+    return f"data:image/{small.kind};base64,{base64.b64encode(small.data).decode()}"
 
 
 def _write(path: Path, views: Iterator[dict[str, Any]]) -> None:
@@ -110,15 +108,18 @@ def _views(
     items: Sequence[Item],
     records: Iterable[dict[str, Any]],
     tell: Callable[[int, int], None],
-    keep: Callable[[int, bytes], str],
+    keep: Callable[[int, Thumbnail], str],
 ) -> Iterator[dict[str, Any]]:
     """What the page needs to show each record; `keep` stores a thumbnail and says where."""
-    for done, (record, small) in enumerate(_with_thumbnails(items, records), 1):
+    looked_at = _with_thumbnails(items, records)
+    for done, (item, record, small) in enumerate(looked_at, 1):
         view: dict[str, Any] = {"record": _short(record)}
         if small is not None:
-            jpeg, width, height = small
-            view |= {"thumbnail": keep(record["index"], jpeg), "width": width, "height": height}
-        if "error" not in record:
+            view |= {"thumbnail": keep(record["index"], small), "tiny": small.kind == "png"}
+            view |= {"width": small.width, "height": small.height}
+        if "error" in record:
+            view["reason"] = record["error"].removeprefix(f"{item.path} ")
+        else:
             view["confidence"] = math.exp(min(0.0, fmean(record["logprobs"])))
         yield view
         tell(done, len(items))
@@ -137,21 +138,26 @@ def _short(record: dict[str, Any]) -> dict[str, Any]:
 
 def _with_thumbnails(
     items: Sequence[Item], records: Iterable[dict[str, Any]]
-) -> Iterator[tuple[dict[str, Any], Thumbnail | None]]:
+) -> Iterator[tuple[Item, dict[str, Any], Thumbnail | None]]:
     """Each record, with its picture made small unless that cannot be read, several at once."""
     pool = ThreadPoolExecutor(os.cpu_count())
-    ahead: deque[tuple[dict[str, Any], Future[Thumbnail | None]]] = deque()
+    ahead: deque[tuple[Item, dict[str, Any], Future[Thumbnail | None]]] = deque()
     try:
         for item, record in zip(items, records, strict=True):
             path = None if "error" in record else item.path
-            ahead.append((record, pool.submit(_thumbnail, path)))
+            ahead.append((item, record, pool.submit(_thumbnail, path)))
             if len(ahead) == AHEAD:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for first, future in ahead:
-            yield first, future.result()
+                yield _come(*ahead.popleft())
+        for one in ahead:
+            yield _come(*one)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _come(
+    item: Item, record: dict[str, Any], small: Future[Thumbnail | None]
+) -> tuple[Item, dict[str, Any], Thumbnail | None]:
+    return item, record, small.result()
 
 
 def _thumbnail(path: Path | None) -> Thumbnail | None:

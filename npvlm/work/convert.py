@@ -15,6 +15,7 @@ from npvlm.api import find_folder
 from npvlm.config import FORMAT_VERSION, PACKED, Values, parse_config, read_config, read_json
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.checkpoint import INDEX, OTHER_FORMATS, open_checkpoint
+from npvlm.files.masks import find_mask_decoder
 from npvlm.files.output import new_folder
 from npvlm.files.packed import blocks_of, packing, part_tensors, parts_of
 from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
@@ -141,19 +142,32 @@ def _retyped(values: Values, precision: str) -> dict[str, Any]:
 
 
 def _small_files(folder: Path) -> dict[str, bytes]:
-    """Vocabulary, settings, licence and the like: what goes with the weights as it is."""
+    """Vocabulary, settings, licence, mask decoder: what goes with the weights as it is."""
     found = {}
     for file in sorted(folder.iterdir()):
         weights = any(file.match(kind) for kind in ("*.safetensors", *OTHER_FORMATS))
         written = file.name.endswith(".index.json") or file.name == "config.json"
         if weights or written or file.name.startswith(".") or not file.is_file():
             continue
-        try:
-            if file.stat().st_size <= LARGEST_COPIED:
-                found[file.name] = file.read_bytes()
-        except OSError as error:
-            raise NpvlmError(f"{file} cannot be read: {error.strerror or error}.") from None
-    return found
+        if file.stat().st_size <= LARGEST_COPIED:
+            found[file.name] = _content(file)
+    return found | _mask_decoder(folder)
+
+
+def _mask_decoder(folder: Path) -> dict[str, bytes]:
+    """The file that the source paints masks with, from its folder or beside it, if any."""
+    try:
+        file = find_mask_decoder(folder)
+    except NpvlmError:
+        return {}
+    return {file.name: _content(file)} if file.stat().st_size <= LARGEST_COPIED else {}
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise NpvlmError(f"{file} cannot be read: {error.strerror or error}.") from None
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -148,6 +148,10 @@ def _kind(found: Inspection) -> Iterator[tuple[str, str]]:
     if kind.kind is None:
         yield "kind", f"not known: {kind.because}"
         return
+    if kind.kind == "toy":
+        yield "kind", kind.because
+        yield "prompts", "; ".join(kind.prompts)
+        return
     yield "kind", f"likely {kind.kind}: {kind.because}"
     yield "prompts", f"it likely knows: {'; '.join(kind.prompts)}"
     if kind.warning is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from npvlm.api import BUNDLED
 from npvlm.config import Values, read_json
 from npvlm.errors import NpvlmError
 
@@ -76,7 +77,7 @@ _SHORT = (
 class Kind:
     """A guess, and what it rests on.
 
-    kind : "pt", "mix", "ft", or None where nothing tells
+    kind : "pt", "mix", "ft", "toy" for a bundled model, or None where nothing tells
     because : the sentence that says why
     prompts : what it likely knows
     warning : what users of this kind get wrong
@@ -127,6 +128,9 @@ def likely_kind(model: str, folder: Path, values: Values) -> Kind:
     model : as it was named
     values : the contents of config.json, empty where it cannot be read
     """
+    if folder.resolve().parent == BUNDLED.resolve():
+        prompts = f"those of {folder / _CARD}"
+        return Kind("toy", "a toy that is in the box", (prompts,), None)
     name, card = published_name(model, folder, values), _card(folder)
     if name is not None and name.own:
         return _kind_of(name.name, name.where)

@@ -4,6 +4,8 @@
 const { colours, views } = JSON.parse(document.getElementById("data").textContent);
 const GAP = 14, NARROWEST = 218; // pixels
 const BARS = 20;
+const NARROW = 20; // a picture so much longer than wide is framed, or it would not be seen
+const GONE = "The picture is not there any more.";
 const LEGEND = 12; // labels to choose from
 
 const at = (id) => document.getElementById(id);
@@ -62,12 +64,12 @@ function about() {
 function picture(view, labelled) {
   const record = view.record;
   if (!view.thumbnail) {
-    const why = record.error === undefined ? "The picture is not there any more." : "No answer";
-    return make("div", { className: "absent", textContent: why });
+    return make("div", { className: "absent", textContent: view.reason || GONE });
   }
   const width = record.width || view.width, height = record.height || view.height;
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
-  svg.append(draw("image", { href: view.thumbnail, width, height, preserveAspectRatio: "none" }));
+  svg.append(draw("image", { href: view.thumbnail, width, height, preserveAspectRatio: "none", class: view.tiny ? "tiny" : "" }));
+  if (Math.max(width / height, height / width) > NARROW) svg.append(draw("rect", { class: "frame", width, height }));
   const size = Math.max(width, height) / 36;
   for (const box of record.boxes || []) {
     const [x0, y0, x1, y1] = box.box, tone = colour.get(box.label);
@@ -99,7 +101,7 @@ function swatch(label) {
 
 // What a card says: things found are counted, for nobody reads location tokens.
 function said(record) {
-  if (record.error !== undefined) return make("p", { className: "text", textContent: record.error });
+  if (record.error !== undefined) return make("p", { className: "text", textContent: "no answer" });
   if (!record.boxes || !record.boxes.length) {
     const empty = record.boxes && !record.text ? "nothing found" : record.text ? "" : "(no words)";
     return make("p", { className: empty ? "text nothing" : "text", textContent: empty || record.text });
@@ -246,13 +248,15 @@ function show(index) {
   selected = index;
   const view = shown[index], record = view.record, boxes = record.boxes || [];
   const drawn = picture(view, true);
-  stage.replaceChildren(drawn);
+  dialog.classList.toggle("bare", !view.thumbnail);
+  stage.replaceChildren(...(view.thumbnail ? [drawn] : []));
   const name = baseName(record.image);
   at("open-name").replaceChildren(name || "no picture", make("small", { textContent: (record.image || "").slice(0, -name.length) }));
   const inside = [];
   const part = (title, ...elements) => inside.push(make("h3", { textContent: title }), ...elements);
   if (record.prompt !== null) part("Prompt", make("p", { textContent: record.prompt }));
   if (record.error !== undefined) part("Error", make("p", { className: "wrong", textContent: record.error }));
+  else if (!view.thumbnail) part("Picture", make("p", { className: "wrong", textContent: GONE }));
   if (boxes.length) {
     part(`${boxes.length} ${boxes.length === 1 ? "box" : "boxes"}`, make("ul", {}, ...boxes.map((box, i) => {
       const entry = make("li", {}, swatch(box.label), make("b", { textContent: box.label || "(no label)" }), sureness(box.confidence));
