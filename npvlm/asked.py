@@ -103,7 +103,8 @@ def check_picture(value: Any) -> None:
     if not is_one(value):
         check_several(value)
         raise UsageError(
-            f"a {type(value).__name__} is given where one picture is expected; batch takes several."
+            f"a {type(value).__name__} is given where one picture is expected; batch takes "
+            "several, for an answer each."
         )
 
 
