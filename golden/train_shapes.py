@@ -55,6 +55,7 @@ from npvlm.work.scenes import Thing, mask_of
 
 LOCATIONS = 1024
 LOC_WIDTH = (6.0, 1.5)  # standard deviation of a location's target in bins, at first and at last
+JITTER = 4  # bins, less than a pixel of the drawn picture
 CHECK_SEED = 10**6  # of the held-out pictures that the checks on the way use
 
 Figures = dict[str, float]
@@ -65,12 +66,16 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Example:
-    """One question on picture `picture` of the batch, as ids, and each answer token's weight."""
+    """One question on picture `picture` of the batch, as ids, and each answer token's weight.
+
+    given : the answer as the model reads it back: its locations may be a little off
+    """
 
     picture: int
     task: str
     prompt: list[int]
     answer: list[int]
+    given: list[int]
     weights: list[float]
 
 
@@ -94,12 +99,24 @@ def training_questions(
     return asked
 
 
-def example(picture: int, question: Question, tokenizer: SentencePieceProcessor) -> Example:
-    """Lay a question out as PaliGemma does: bos, prompt, newline; then the answer and eos."""
+def example(
+    picture: int, question: Question, tokenizer: SentencePieceProcessor, rng: Random | None = None
+) -> Example:
+    """Lay a question out as PaliGemma does: bos, prompt, newline; then the answer and eos.
+
+    With a generator half of the locations that are read back are up to JITTER off, as the model's
+    own are: true ones are whole pixels, and it would not know what to do behind others.
+    """
     prompt = [tokenizer.bos_id(), *tokenizer.encode(question.prompt), tokenizer.piece_to_id("\n")]
     answer = [*tokenizer.encode(question.answer), tokenizer.eos_id()]
     first = {"count": 4.0, "colour": 3.0, "ocr": 1.5}.get(question.task, 1.0)
-    return Example(picture, question.task, prompt, answer, [first, *[1.0] * (len(answer) - 1)])
+    loc_id, given = tokenizer.piece_to_id("<loc0000>"), list(answer)
+    for i, token in enumerate(answer):
+        if rng and loc_id <= token < loc_id + LOCATIONS and rng.random() < 0.5:
+            off = token - loc_id + rng.randint(-JITTER, JITTER)
+            given[i] = loc_id + min(max(off, 0), LOCATIONS - 1)
+    weights = [first, *[1.0] * (len(answer) - 1)]
+    return Example(picture, question.task, prompt, answer, given, weights)
 
 
 class MaskTokens:
@@ -190,7 +207,7 @@ def answer_states(
     prefix[:, :P] = True
     answering = torch.zeros(B, width, dtype=torch.bool)
     for b, e in enumerate(examples):
-        text = [*e.prompt, *e.answer[:-1]]
+        text = [*e.prompt, *e.given[:-1]]
         ids[b, : len(text)] = torch.tensor(text)
         prefix[b, P : P + len(e.prompt)] = True
         answering[b, len(e.prompt) - 1 : len(text)] = True
@@ -344,7 +361,7 @@ class Trainer:
     def answer_loss(self, features: Tensor, scenes: Sequence[Scene], rng: Random) -> Tensor:
         """Ask the training questions and weigh the losses of all answer tokens."""
         examples = [
-            example(n, question, self.tokenizer)
+            example(n, question, self.tokenizer, rng)
             for n, scene in enumerate(scenes)
             for question in training_questions(scene, rng, self.mask_tokens)
         ]

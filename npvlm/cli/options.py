@@ -15,6 +15,7 @@ from npvlm.config import PACKED, PRECISIONS, read_config
 if TYPE_CHECKING:
     from npvlm.api import Model
 
+MODEL_VARIABLE = "NPVLM_MODEL"
 _THREAD_VARIABLES = (
     "NUMBA_NUM_THREADS",
     "OMP_NUM_THREADS",
@@ -62,7 +63,7 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--model",
         "--model_path",
         "model",
-        envvar="NPVLM_MODEL",
+        envvar=MODEL_VARIABLE,
         metavar="NAME|FOLDER",
         help="A bundled or fetched model, or a checkpoint folder.  "
         "[default: $NPVLM_MODEL, else shapes]",
@@ -130,7 +131,14 @@ def named_model(model: str | None, quiet: bool = False) -> str:
 def open_model(model: str, precision: str | None, ops: str, quiet: bool = False) -> Model:
     """Load a model; what takes a while the first time is said, unless it is to be quiet."""
     from npvlm.api import find_folder, load
+    from npvlm.errors import NpvlmError
 
+    try:
+        find_folder(model)
+    except NpvlmError as error:
+        if os.environ.get(MODEL_VARIABLE) != model:
+            raise
+        raise NpvlmError(f"${MODEL_VARIABLE}: {error}") from None
     if not quiet and precision in PACKED and read_config(find_folder(model)).quantization is None:
         note = f"weights are packed as {precision} in memory; `npvlm convert` does so once for all."
         click.echo(f"npvlm: {note}", err=True)

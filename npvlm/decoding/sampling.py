@@ -31,6 +31,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         t, k, p = self.temperature, self.top_k, self.top_p
+        for name, value, kinds in (
+            ("temperature", t, (int, float)),
+            ("top-k", k, (int,)),
+            ("top-p", p, (int, float)),
+        ):
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise UsageError(f"{name} is {value!r}, expected a number.")
         if t is not None and not (math.isfinite(t) and t >= 0):
             raise UsageError(f"temperature is {t}, expected 0 (greedy) or a finite number above.")
         if k is not None and k < 1:

@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import struct
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from npvlm.errors import NpvlmError, UsageError
 
 Picture = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 
+_OPENING = threading.Lock()  # filters of warnings belong to all threads
 _FILTERS = range(6)  # nearest, Lanczos, bilinear, bicubic, box, Hamming: the same in all releases
 _CLEAR_MODES = ("RGBA", "LA", "PA")
 _WHITE = (255, 255, 255, 255)
@@ -73,7 +75,7 @@ def open_picture(source: Picture) -> Image.Image:
     else:
         said = str(getattr(source, "filename", "") or getattr(source, "name", "") or "the picture")
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             # Pillow warns of what it reads all the same, and of half the size that it refuses.
             warnings.simplefilter("ignore")
             if isinstance(source, Image.Image):

@@ -72,6 +72,7 @@ def run_batch(
     UsageError, NpvlmError
         As `open_records`; and for a model that cannot answer anything.
     """
+    model.batch((), (), max_tokens=max_tokens)  # a wrong number is found before the file is touched
     expected = [(item.head, _settings(model, item, max_tokens)) for item in items]
     began, tokens = time.perf_counter(), 0
     with open_records(output, expected, resume) as records, PeakMemory() as peak:
