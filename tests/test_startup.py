@@ -24,7 +24,7 @@ with kept():
         return x + x
 """
 USE = "import toy, sys\ntoy.tell_of_compiling(print)\nprint(toy.doubled({}))"
-COMPILES = "compiling kernels for this CPU, once; this takes about 15 seconds."
+COMPILES = "compiling kernels for this CPU, once each; this takes about 15 seconds."
 
 
 def python(code: str, *, cwd: Path = ROOT, **environment: str) -> list[str]:

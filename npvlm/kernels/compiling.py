@@ -144,7 +144,7 @@ def tell_of_compiling(say: Callable[[str], None]) -> None:
         if told:
             return
         told.append(
-            "compiling kernels for this CPU, once for each that is new; this takes about 15 seconds."
+            "compiling kernels for this CPU, once each; this takes about 15 seconds."
             if WRITABLE
             else f"compiling kernels in every run, which takes about 15 seconds: {FOLDER} cannot "
             "be written; let NUMBA_CACHE_DIR name a folder that can."
