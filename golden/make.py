@@ -33,7 +33,7 @@ from golden.ours import EVERY, rms
 GOLDEN = Path(__file__).resolve().parent
 NAMES = ("pg1", "pg2", "pg2-f16-sharded")
 BUNDLED = GOLDEN.parent / "npvlm" / "bundled"
-TOYS = ("shapes",)  # the bundled models
+TOYS = ("shapes", "shapes2")  # the bundled models
 BOX = (0, 0, 220, 210)  # of the first held-out picture, halved: no square, and all things are there
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "sentencepiece", "safetensors")
 # What is stored: the output of every layer, of what stands before, between and behind them, and

@@ -28,6 +28,11 @@ LOGITS = {
         "int8": "a5220299c13d07749c92dc6b4b67c8b74bc88494b6a30cb56d0cb47f5cf736a6",
         "int4": "dac294fbbda3e714ab5b9c18fcc5a44bb9cef446975ff1fd6901736641b01299",
     },
+    "shapes2": {
+        "float32": "308c50ef52cb5ab9c75cf938d0f062761ecd8599e543ea833758e79cce3eb8a0",
+        "int8": "2f4c726cb84320b8aa527f488ab3208ffa4bbafe06fb765ce746d30de58ecc98",
+        "int4": "605ad82fe207773c1fcb5c9bfa907a1688328317b36d859fd6405bc6baf9c330",
+    },
 }
 # How far the kernels' logits may be from the definitions', relative, both in float32: a hundred
 # roundings. A wrong operation is off by a thousand times as much.
