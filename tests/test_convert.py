@@ -623,8 +623,8 @@ def test_a_converted_model_still_paints_masks(tmp_path: Path) -> None:
     picture = draw_picture()
     [box] = npvlm.load(tmp_path / "small").segment(picture, "red circle").boxes
     [same] = npvlm.load("shapes").segment(picture, "red circle").boxes
-    assert box.mask is not None and same.mask is not None
-    ours, theirs = box.mask > 0, same.mask > 0
+    assert box.painted is not None and same.painted is not None
+    ours, theirs = box.painted > 0, same.painted > 0
     assert (ours & theirs).sum() / (ours | theirs).sum() > 0.8
 
 

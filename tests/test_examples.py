@@ -60,6 +60,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         draw_picture().save(place / name)
     (place / "questions.csv").write_text("image,prompt\nphoto.jpg,caption en\ncat.jpg,ocr\n")
+    (place / "questions.txt").write_text("caption en\nhow many circles?\n")
     trace = 'npvlm trace photo.jpg --prompt "caption en" --save reference.safetensors'
     assert run(place, trace).returncode == 0
     (place / "mine.safetensors").write_bytes((place / "reference.safetensors").read_bytes())

@@ -94,6 +94,7 @@ def test_what_is_here_as_a_whole_or_in_part_is_said(home: Path) -> None:
     found = by_name()
     assert {name: m.here for name, m in found.items() if m.here} == {
         "shapes": "yes",
+        "shapes2": "yes",
         "paligemma-3b-mix-224": "yes",
         "paligemma2-3b-mix-224": "part",
     }

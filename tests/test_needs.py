@@ -26,7 +26,7 @@ def published(size: str, resolution: int) -> Config:
 def tensor_bytes(folder: Path) -> int:
     """Bytes of the numbers in a folder's safetensors files, headers and padding left out."""
     total = 0
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob("model*.safetensors"):
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
