@@ -1,9 +1,11 @@
 """Train the mask decoder of the bundled models: a VQ-VAE of the published layout, on drawn masks.
 
-python golden/train_masks.py --minutes 12 --checkpoint FOLDER --save npvlm/bundled/vae.safetensors
+python golden/train_masks.py --minutes 12 --checkpoint FOLDER \
+    --save npvlm/bundled/vae.safetensors --save-whole golden/masks.pt
 
-Stopped and started again with the same folder, it goes on where it was. FOLDER/masks.pt is what
-`train_shapes.py --masks` asks for the tokens of a mask: the saved file has no encoder.
+Stopped and started again with the same folder, it goes on where it was. The file
+that is bundled has no encoder; `train_shapes.py --masks golden/masks.pt` asks the whole one for the
+tokens of a mask, so that they are codes which the bundled decoder knows.
 
 Each code is the running mean of what the encoder gave where it was nearest; one that nothing comes
 near starts anew from something that the encoder gave just now.
@@ -90,6 +92,10 @@ def check(vae: MaskVae, masks: torch.Tensor) -> dict[str, float]:
     return {"iou": (both / any_).mean().item(), "codes": float(len(codes.unique()))}
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def train(given: argparse.Namespace) -> None:
     """Train until the minutes are used up."""
     torch.manual_seed(given.seed)
@@ -142,6 +148,9 @@ def train(given: argparse.Namespace) -> None:
         save_file(tensors, given.save, metadata={"format": "pt"})
         given.save.chmod(0o644)
         options = {k: v for k, v in vars(given).items() if isinstance(v, int | float)}
+        if given.save_whole:
+            halves = {k: t.to(torch.float16) for k, t in vae.state_dict().items()}
+            torch.save({"vae": halves}, given.save_whole)
         provenance = {
             "program": "golden/train_masks.py",
             "options": options,
@@ -149,7 +158,8 @@ def train(given: argparse.Namespace) -> None:
             "minutes": round(seconds / 60, 1),
             "held_out_masks": {"n": len(held_out), **check(vae, held_out)},
             "versions": {name: version(name) for name in ("torch", "pillow")},
-            "sha256": {given.save.name: hashlib.sha256(given.save.read_bytes()).hexdigest()},
+            "sha256": {given.save.name: _digest(given.save)},
+            "whole": _digest(given.save_whole) if given.save_whole else None,
         }
         text = json.dumps(provenance, indent=2) + "\n"
         given.save.with_suffix(".json").write_text(text, encoding="utf-8")
@@ -162,6 +172,7 @@ def main() -> None:
         ("--minutes", float, 12.0, "minutes of training"),
         ("--checkpoint", Path, None, "folder to keep the run in, and to go on from"),
         ("--save", Path, None, "file for decoder and codebook, in 16 bits"),
+        ("--save-whole", Path, None, "file for all of it, the encoder included, in 16 bits"),
         ("--seed", int, 0, "of the weights and the masks"),
         ("--lr", float, 1e-3, "learning rate"),
         ("--batch", int, 64, "masks per step"),

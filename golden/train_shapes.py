@@ -1,9 +1,10 @@
 """Train the bundled models, small PaliGemmas (1: `shapes`, 2: `shapes2`) that know drawn shapes.
 
-python golden/train_masks.py --checkpoint MASKS --save npvlm/bundled/vae.safetensors
-python golden/train_shapes.py --masks MASKS/masks.pt --minutes 100 --checkpoint RUN \
+python golden/train_masks.py --checkpoint MASKS --save npvlm/bundled/vae.safetensors \
+    --save-whole golden/masks.pt
+python golden/train_shapes.py --masks golden/masks.pt --minutes 100 --checkpoint RUN \
     --save npvlm/bundled/shapes
-python golden/train_shapes.py --masks MASKS/masks.pt --family 2 --start npvlm/bundled/shapes \
+python golden/train_shapes.py --masks golden/masks.pt --family 2 --start npvlm/bundled/shapes \
     --minutes 60 --checkpoint RUN2 --save npvlm/bundled/shapes2
 
 Stopped and started again with the same folder, it goes on where it was. With --steps in place of

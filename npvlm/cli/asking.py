@@ -35,7 +35,9 @@ def find_pictures(names: Sequence[str]) -> list[Path | BinaryIO]:
     Raises
     ------
     UsageError
-        Where a name stands for no picture, or stdin is named twice.
+        Where nothing is named, or stdin twice.
+    NpvlmError
+        Where a name stands for no picture.
     """
     from npvlm.errors import UsageError
     from npvlm.files.listing import list_pictures
@@ -172,14 +174,19 @@ def stream(
 
 def note_cut_off(result: Answer | Detection) -> None:
     """Say that an answer would have gone on."""
-    from npvlm.answers.answer import Answer
-
-    answer = result if isinstance(result, Answer) else result.answer
+    answer = _answer_of(result)
     if answer.stop == "length":
         name = "" if isinstance(answer.image, list) else f"{answer.image}: "
         count = len(answer.token_ids)
         note = f"{name}cut off after {count} tokens; --max-tokens allows more."
         click.echo(f"npvlm: {note}", err=True)
+
+
+def _answer_of(result: Answer | Detection) -> Answer:
+    """The answer itself, without what was found in it."""
+    from npvlm.answers.detection import Detection
+
+    return result.answer if isinstance(result, Detection) else result
 
 
 def sentence(text: str) -> str:
@@ -197,9 +204,7 @@ class Tail:
 
     def add(self, result: Answer | Detection) -> None:
         """Count an answer."""
-        from npvlm.answers.answer import Answer
-
-        answer = result if isinstance(result, Answer) else result.answer
+        answer = _answer_of(result)
         self._pictures += 1
         self._prompt = len(answer.prompt_token_ids)
         self._tokens += len(answer.token_ids) - 1
