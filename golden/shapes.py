@@ -232,7 +232,7 @@ def detect(scene: Scene, rng: Random, most: int | None = None) -> Question:
 
 def segment(scene: Scene, rng: Random, tokens: Callable[[Thing], str]) -> Question:
     """Ask for the outlines of one label, or of two; `tokens` writes the mask of a thing."""
-    labels = _labels(scene, rng, rng.choice([1, 1, 1, 2]))
+    labels = _labels(scene, rng, rng.choice([1, 1, 2, 3]))
     things = _named(scene, labels)
     parts = (f"{location(thing.box)}{tokens(thing)} {thing.label}" for thing in things)
     return Question("segment", f"segment {' ; '.join(labels)}", " ; ".join(parts), things)
