@@ -54,6 +54,7 @@ from npvlm.decoding.score import score
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files import hub
 from npvlm.files.checkpoint import open_checkpoint
+from npvlm.files.links import refuse_links_out
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.packed import at_precision
 from npvlm.files.pictures import (
@@ -148,7 +149,10 @@ def _namespace(ops: str) -> tuple[ModuleType, Mapping[str, Packer]]:
 
 
 def find_folder(model: str | Path) -> Path:
-    """The folder of a model: a bundled one, a checkpoint folder, or one in the hub's cache."""
+    """The folder of a model: a bundled one, a checkpoint folder, or one in the hub's cache.
+
+    A bundled one is as it was installed; any other may be a stranger's.
+    """
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
     folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
     try:
@@ -156,9 +160,12 @@ def find_folder(model: str | Path) -> Path:
     except OSError:  # a name too long for a file
         found = False
     if found:
+        if folder.parent != BUNDLED:
+            refuse_links_out(folder)
         return folder
     wanted = hub.parse_name(str(model))
     if wanted and (cached := hub.find_cached(wanted)):
+        refuse_links_out(cached)
         return cached
     if wanted and wanted.published:
         size = f"{wanted.published.bytes / 1e9:.1f} GB"

@@ -76,6 +76,9 @@ _PROJECTION_DIM = 2048
 _MOST = 2**31 - 1
 _MOST_LAYERS = 1000
 _SHOWN = 60
+# Bytes of a file of settings, or of a header: published ones have a tenth of it, and what JSON
+# holds takes twenty times its bytes in memory.
+LARGEST_JSON = 2**23
 
 
 @dataclass(frozen=True)
@@ -252,16 +255,56 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         found = "no regular file" if path.exists() else "missing"
         raise NpvlmError(f"{path} is {found}; copy it from where the model was published")
+    content = read_small(path, LARGEST_JSON)
     try:
-        values = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise NpvlmError(f"{path} cannot be read: {error.strerror}") from None
+        values = parse_json(content)
     except RecursionError:
         raise NpvlmError(f"{path} is nested too deeply to be a model's file") from None
     except ValueError as error:  # no UTF-8, no JSON, a number with too many digits
         raise NpvlmError(f"{path} is no JSON ({_one_line(error)}); fetch the file again") from None
     if not isinstance(values, dict):
         raise NpvlmError(f"{path} holds {_shown(values)}, expected a JSON object")
+    return values
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Read a file that may have `most` bytes; a larger one is refused before it is read.
+
+    Raises
+    ------
+    NpvlmError
+        It is larger, or cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(most + 1)
+    except OSError as error:
+        raise NpvlmError(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > most:
+        raise NpvlmError(
+            f"{path} has {path.stat().st_size:,} bytes, expected at most {most:,}; "
+            "is it another file by that name?"
+        )
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """Read JSON whose objects have each key once: of two, another program may take the other.
+
+    Raises
+    ------
+    ValueError, RecursionError
+        For what is no such JSON.
+    """
+    return json.loads(content.decode("utf-8"), object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{twice[:_SHOWN]!r} is there twice")
     return values
 
 
