@@ -65,6 +65,10 @@ class Stored:
     offset: int
     nbytes: int
 
+    def bytes(self) -> NDArray[np.uint8]:
+        """View the stored bytes as they are."""
+        return self.data[self.offset : self.offset + self.nbytes]
+
     def array(self) -> Array:
         """View the stored bytes as numbers, bfloat16 as its bits; they need not be aligned."""
         return np.ndarray(self.shape, np.dtype(_DTYPES[self.dtype]), self.data, self.offset)
