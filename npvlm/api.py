@@ -728,9 +728,12 @@ class Model:
         self, pack: list[Started], seed: int | None, beams: int
     ) -> Iterator[Piece | Answer]:
         """Run one packed call."""
-        tokens = sum(len(s.ids) for s in pack)
-        rows = beams * sum(len(s.ids) + s.max_tokens for s in pack)
-        self._check_memory(tokens, rows, sum(len(s.pictures) for s in pack), beams * len(pack))
+        self._check_memory(
+            tokens=sum(len(s.ids) for s in pack),
+            rows=beams * sum(len(s.ids) + s.max_tokens for s in pack),
+            pictures=sum(len(s.pictures) for s in pack),
+            scored=beams * len(pack),
+        )
         began = time.perf_counter()
         features = self._features([picture for s in pack for picture in s.pictures])
         features = features.reshape(-1, self.config.text_config.hidden_size)

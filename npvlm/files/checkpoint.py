@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from npvlm.config import LARGEST_JSON, Config, parse_json, read_json
+from npvlm.config import Config, parse_json, read_json
 from npvlm.errors import NpvlmError
 from npvlm.files.names import (
     EMBED_TOKENS,
@@ -47,6 +47,7 @@ OTHER_FORMATS = (
 )
 _POINTER = b"version https://git-lfs"
 _LISTED = 3
+_LARGEST_HEADER = 2**22  # bytes; the longest that is published has a twentieth
 _LONGEST_NAME = 255  # bytes of the name of a file
 _NAMED = 120  # characters of a name in a message: longer than that of any tensor
 _KINDS = 60  # tensors named in a message, those of several layers counted once
@@ -255,8 +256,8 @@ def read_header(file: Path) -> list[Stored]:
                     f"{file} is a pointer of git LFS; fetch the file with git lfs pull"
                 )
             (length,) = struct.unpack("<Q", start[:8])
-            if length > LARGEST_JSON:
-                raise ValueError(f"its header has {length:,} bytes, expected {LARGEST_JSON:,}")
+            if length > _LARGEST_HEADER:
+                raise ValueError(f"a header of {length:,} bytes, expected {_LARGEST_HEADER:,}")
             stream.seek(8)
             header = parse_json(stream.read(length))
         with safe_open(file, framework="numpy"):

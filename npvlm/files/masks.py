@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from npvlm.errors import NpvlmError
-from npvlm.files.checkpoint import read_header
-from npvlm.files.npz import npz_members, read_member
+from npvlm.files.checkpoint import Stored, read_header
+from npvlm.files.npz import Member, npz_members, read_member
 from npvlm.model.vqvae import CODEBOOK
 from npvlm.model.weights import Array, Weights, unpack
 
@@ -76,26 +77,25 @@ def _read(path: Path) -> dict[str, Array]:
     size = path.stat().st_size
     if size > LARGEST:
         raise NpvlmError(f"{path} has {size:,} bytes, expected at most {LARGEST:,}.")
+    found: Mapping[str, Member | Stored]
     if path.suffix == ".npz":
-        members = npz_members(path)
-        for name, shape in _shapes().items():
-            member = members.get(name)
-            _check(path, name, shape, member and member.shape, str(member and member.dtype))
-        return {name: read_member(path, name).astype(np.float32) for name in _shapes()}
-    stored = {tensor.name: tensor for tensor in read_header(path)}
+        found = npz_members(path)
+    else:
+        found = {tensor.name: tensor for tensor in read_header(path)}
     for name, shape in _shapes().items():
-        tensor = stored.get(name)
-        _check(path, name, shape, tensor and tensor.shape, str(tensor and tensor.dtype))
-    return {name: unpack(stored[name].weight(), np.float32) for name in _shapes()}
+        if name not in found:
+            raise NpvlmError(f"{path}: {name} is missing; is it the VQ-VAE of PaliGemma's masks?")
+        sides, kind = found[name].shape, str(found[name].dtype)
+        if sides != shape:
+            raise NpvlmError(f"{path}: {name} is {list(sides)[:9]}, expected {list(shape)}.")
+        if kind not in _FLOATS:
+            raise NpvlmError(f"{path}: {name} is {kind}, expected floating-point numbers.")
+    return {name: _float32(path, name, found[name]) for name in _shapes()}
 
 
-def _check(
-    path: Path, name: str, expected: tuple[int, ...], found: tuple[int, ...] | None, kind: str
-) -> None:
-    """Refuse a tensor that is missing, misshapen or none of fractions."""
-    if found is None:
-        raise NpvlmError(f"{path}: {name} is missing; is it the VQ-VAE of PaliGemma's masks?")
-    if found != expected:
-        raise NpvlmError(f"{path}: {name} is {list(found)}, expected {list(expected)}.")
-    if kind not in _FLOATS:
-        raise NpvlmError(f"{path}: {name} is {kind}, expected floating-point numbers.")
+def _float32(path: Path, name: str, found: Member | Stored) -> Array:
+    """The numbers of a tensor whose header was read."""
+    if isinstance(found, Stored):
+        return unpack(found.weight(), np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused as that
+        return read_member(path, name).astype(np.float32)

@@ -69,8 +69,7 @@ def read_member(path: Path, name: str) -> Array:
                     raise ValueError(f"{name[:80]!r} is cut off")
                 raw[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
                 at += len(piece)
-    order = "F" if member.by_columns else "C"
-    return raw.view(member.dtype).reshape(member.shape, order=order)
+    return np.ndarray(member.shape, member.dtype, raw, order="F" if member.by_columns else "C")
 
 
 def _header(stream: IO[bytes], info: zipfile.ZipInfo) -> Member:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from npvlm.config import Config, read_json
+from npvlm.config import Config, read_json, read_small
 from npvlm.errors import NpvlmError, UsageError
 
 IMAGE = "<image>"
@@ -24,6 +24,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TAB = "<0x09>"
 _SPACE = "\u2581"
 _LONGEST_RUN = 31
+_LARGEST = 2**25  # bytes of a vocabulary; Gemma's has 4.2 million
 
 
 class Tokenizer:
@@ -203,10 +204,7 @@ def _read_pieces(folder: Path) -> SentencePieceProcessor:
                 "published beside the other files of every google/paligemma repository"
             )
         raise NpvlmError(f"{path} is missing; copy it from where the model was published")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise NpvlmError(f"{path} cannot be read: {error.strerror}") from None
+    content = read_small(path, _LARGEST)
     pieces = SentencePieceProcessor()
     try:
         if not content or not pieces.LoadFromSerializedProto(content):

@@ -150,13 +150,13 @@ def unpack(weight: Weight, dtype: DTypeLike) -> Array:
 
 def is_finite(weight: Weight) -> bool:
     """Whether a weight holds no inf and no nan; a packed one would hold them in its scales."""
-    stored = weight.scales if isinstance(weight, Packed) else weight
-    flat = stored.bits if isinstance(stored, BFloat16) else stored
-    flat = flat.reshape(-1)
-    pieces = (flat[at : at + _PIECE] for at in range(0, len(flat), _PIECE))
-    if flat.dtype == np.uint16:  # bits of bfloat16
-        return all((piece & 0x7F80 != 0x7F80).all() for piece in pieces)
-    return all(np.isfinite(piece).all() for piece in pieces)
+    if isinstance(weight, Int4):
+        weight = BFloat16(weight.scales)
+    elif isinstance(weight, Int8):
+        weight = weight.scales
+    numbers = weight.reshape(-1)
+    pieces = (numbers[at : at + _PIECE] for at in range(0, len(numbers), _PIECE))
+    return all(np.isfinite(unpack(piece, np.float32)).all() for piece in pieces)
 
 
 def round_to_bfloat16(values: Array) -> BFloat16:
