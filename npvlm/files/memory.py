@@ -89,8 +89,9 @@ def _group_limits() -> list[int]:
                 # In a container its own group is the root, whatever it is called outside.
                 most, held = _number(place / limit), _number(place / used)
                 if most is not None and held is not None:
-                    notes = dict(line.split() for line in _lines(place / "memory.stat"))
-                    left.append(most - held + sum(int(notes.get(name, 0)) for name in reclaimed))
+                    notes = (note.partition(" ") for note in _lines(place / "memory.stat"))
+                    pages = sum(int(count) for name, _, count in notes if name in reclaimed)
+                    left.append(most - held + pages)
                 place = place.parent
     return left
 
