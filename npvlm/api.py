@@ -112,7 +112,9 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
     UsageError
         For a precision or ops that there is not, or a precision the folder was not packed for.
     NpvlmError
-        In one sentence: what is missing or wrong in the folder.
+        In one sentence: what is missing or wrong in the folder, a link in it that leads out of it
+        (the hub's cache is no elsewhere), or that packing and one picture take more memory than
+        there is. Mapped weights need not fit: they are read again when they are used again.
     """
     folder = find_folder(model)
     config = read_config(folder)

@@ -333,7 +333,11 @@ def parse_config(values: Values, generation: Values | None = None, where: str = 
     file = f"{where}config.json"
     model_type = values.get("model_type")
     if model_type != "paligemma":
-        kind = f"a {model_type} model" if isinstance(model_type, str) else "of no named model_type"
+        kind = (
+            f"a {model_type[:_SHOWN]} model"
+            if isinstance(model_type, str)
+            else "of no named model_type"
+        )
         raise NpvlmError(
             f"{file} is {kind}, expected paligemma; npvlm runs PaliGemma and PaliGemma 2 only"
         )

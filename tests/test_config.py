@@ -279,6 +279,7 @@ def test_another_model_is_named() -> None:
 def test_values_too_long_for_a_sentence_are_cut() -> None:
     said = refusal(changed(paligemma(224), "text_config.hidden_size", "x" * 5000))
     assert "..." in said
+    assert len(refusal({"model_type": "x" * 5000})) < 300
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import npvlm
+from npvlm.cli.options import open_model
 from npvlm.errors import NpvlmError
 from npvlm.files import memory
 from npvlm.files.memory import available_memory, check_memory, said_bytes
+from npvlm.files.needs import mapped_bytes
+from npvlm.model.weights import BFloat16, Weight
 from npvlm.work.demo import draw_picture
 from tests.test_cli import ROOT, photo  # noqa: F401
 
 LARGE = 10**15
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def bits(weight: Weight) -> np.ndarray:
+    """The stored numbers of a weight that is not packed."""
+    return weight.bits if isinstance(weight, BFloat16) else np.asarray(weight)
 
 
 def group(place: Path, files: dict[str, str]) -> None:
@@ -95,6 +104,24 @@ def test_a_limit_too_low_for_a_model_is_said_in_a_sentence(photo: Path, precisio
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 3, result.stderr
     assert "of memory, expected at most" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_mapped_weights_that_do_not_fit_run_and_are_said_to_be_slow(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_model("shapes", None, "numpy")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(memory, "available_memory", lambda: 3_000_000)
+    open_model("shapes", None, "numpy", quiet=True)
+    assert capsys.readouterr().err == ""
+    open_model("shapes", None, "numpy")
+    assert "4 MB of weights and 3 MB of memory: they are read from" in capsys.readouterr().err
+
+
+def test_what_is_packed_in_memory_is_not_mapped() -> None:
+    stored, packed = (npvlm.load("shapes", p, ops="numpy").weights for p in (None, "int8"))
+    assert mapped_bytes(stored) == sum(parts.nbytes for parts in map(bits, stored.values()))
+    assert 0 < mapped_bytes(packed) < mapped_bytes(stored) / 2
 
 
 @LINUX
