@@ -397,6 +397,8 @@ def _check_manifest(path: Path, notes: Mapping[str, Any]) -> None:
     ):
         if not isinstance(notes.get(key), kind):
             refuse(f"{key} is {notes.get(key)!r:.60}", expected)
+    if not isinstance(notes.get("image") or {}, dict):
+        refuse(f"image is {notes['image']!r:.60}", "what is said of the picture")
     if not all(type(number) is int for number in (*notes["ids"], *notes["answer"])):
         refuse("ids and answer hold something else", "whole numbers")
     seen: set[str] = set()
