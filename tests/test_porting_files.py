@@ -135,6 +135,8 @@ def test_a_damaged_npy_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]
 
 
 EDITS: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+    ("image is 7", lambda m: m.update(image=7)),
+    ("is there twice", lambda m: m["stages"].append(m["stages"][0])),
     ("config", lambda notes: notes.pop("config")),
     ("config", lambda notes: notes.update(config=3)),
     ("model", lambda notes: notes.update(model=None)),
