@@ -54,7 +54,10 @@ from npvlm.decoding.score import score
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files import hub
 from npvlm.files.checkpoint import open_checkpoint
+from npvlm.files.links import refuse_links_out
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
+from npvlm.files.memory import check_memory
+from npvlm.files.needs import packed_bytes, run_bytes, working_bytes
 from npvlm.files.packed import at_precision
 from npvlm.files.pictures import (
     Preprocessor,
@@ -109,7 +112,9 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
     UsageError
         For a precision or ops that there is not, or a precision the folder was not packed for.
     NpvlmError
-        In one sentence: what is missing or wrong in the folder.
+        In one sentence: what is missing or wrong in the folder, a link in it that leads out of it
+        (the hub's cache is no elsewhere), or that packing and one picture take more memory than
+        there is. Mapped weights need not fit: they are read again when they are used again.
     """
     folder = find_folder(model)
     config = read_config(folder)
@@ -131,6 +136,10 @@ def open_weights(
     precision = _precision(folder, config, precision)
     namespace, packers = _namespace(ops)
     stored = open_checkpoint(folder, config)
+    packed = 0 if config.quantization else packed_bytes(stored, precision)
+    what = f"{folder} in {precision}, with one picture," if packed else f"{folder} with one picture"
+    smaller = "convert it on a larger machine" if packed else "take a smaller model"
+    check_memory(packed + working_bytes(config), what, f"stop other programs, or {smaller}")
     weights = stored if config.quantization else at_precision(stored, precision, packers)
     return Weights(weights), precision, namespace
 
@@ -148,7 +157,10 @@ def _namespace(ops: str) -> tuple[ModuleType, Mapping[str, Packer]]:
 
 
 def find_folder(model: str | Path) -> Path:
-    """The folder of a model: a bundled one, a checkpoint folder, or one in the hub's cache."""
+    """The folder of a model: a bundled one, a checkpoint folder, or one in the hub's cache.
+
+    A bundled one is as it was installed; any other may be a stranger's.
+    """
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
     folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
     try:
@@ -156,9 +168,12 @@ def find_folder(model: str | Path) -> Path:
     except OSError:  # a name too long for a file
         found = False
     if found:
+        if folder.parent != BUNDLED:
+            refuse_links_out(folder)
         return folder
     wanted = hub.parse_name(str(model))
     if wanted and (cached := hub.find_cached(wanted)):
+        refuse_links_out(cached)
         return cached
     if wanted and wanted.published:
         size = f"{wanted.published.bytes / 1e9:.1f} GB"
@@ -495,10 +510,18 @@ class Model:
         answer = self._known_ids(answer_ids)
         pictures = as_list(images)
         ids = self._layout(prompt, len(pictures), len(answer))
+        tokens = len(ids) + len(answer)
+        self._check_memory(tokens, tokens, len(pictures), scored=tokens)
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         w, config = self.weights, self.config
         with _COMPUTING:
             return logits(ids, answer, features, w, config, ops=self.ops, tap=closed)
+
+    def _check_memory(self, tokens: int, rows: int, pictures: int, scored: int = 1) -> None:
+        """Refuse a call that would not fit into memory, before it begins."""
+        needed = run_bytes(self.config, tokens, rows, pictures, scored)
+        what = f"reading {tokens:,} tokens with {rows:,} rows of cache"
+        check_memory(needed, what, "ask for fewer tokens, beams or pictures at once")
 
     def _known_ids(self, ids: Sequence[int]) -> Index:
         """Ids as an array, if all of them are in the vocabulary."""
@@ -542,6 +565,7 @@ class Model:
         ids = [np.array([*self.tokenizer.encode(text), self.tokenizer.eos_id]) for text in texts]
         pictures = as_list(images)
         prefix = self._layout(prompt, len(pictures), max(map(len, ids)))
+        self._check_memory(len(prefix), len(prefix) + sum(map(len, ids)), len(pictures))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         with _COMPUTING:
             logprobs = score(
@@ -706,6 +730,12 @@ class Model:
         self, pack: list[Started], seed: int | None, beams: int
     ) -> Iterator[Piece | Answer]:
         """Run one packed call."""
+        self._check_memory(
+            tokens=sum(len(s.ids) for s in pack),
+            rows=beams * sum(len(s.ids) + s.max_tokens for s in pack),
+            pictures=sum(len(s.pictures) for s in pack),
+            scored=beams * len(pack),
+        )
         began = time.perf_counter()
         features = self._features([picture for s in pack for picture in s.pictures])
         features = features.reshape(-1, self.config.text_config.hidden_size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,9 @@ _PROJECTION_DIM = 2048
 _MOST = 2**31 - 1
 _MOST_LAYERS = 1000
 _SHOWN = 60
+# Bytes of a file of settings, or of a header: published ones have a tenth of it, and what JSON
+# holds takes twenty times its bytes in memory.
+LARGEST_JSON = 2**23
 
 
 @dataclass(frozen=True)
@@ -252,16 +256,56 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         found = "no regular file" if path.exists() else "missing"
         raise NpvlmError(f"{path} is {found}; copy it from where the model was published")
+    content = read_small(path, LARGEST_JSON)
     try:
-        values = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise NpvlmError(f"{path} cannot be read: {error.strerror}") from None
+        values = parse_json(content)
     except RecursionError:
         raise NpvlmError(f"{path} is nested too deeply to be a model's file") from None
     except ValueError as error:  # no UTF-8, no JSON, a number with too many digits
         raise NpvlmError(f"{path} is no JSON ({_one_line(error)}); fetch the file again") from None
     if not isinstance(values, dict):
         raise NpvlmError(f"{path} holds {_shown(values)}, expected a JSON object")
+    return values
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """Read a file that may have `most` bytes; a larger one is refused before it is read.
+
+    Raises
+    ------
+    NpvlmError
+        It is larger, or cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(most + 1)
+    except OSError as error:
+        raise NpvlmError(f"{path} cannot be read: {error.strerror}") from None
+    if len(content) > most:
+        raise NpvlmError(
+            f"{path} has {path.stat().st_size:,} bytes, expected at most {most:,}; "
+            "is it another file by that name?"
+        )
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """Read JSON whose objects have each key once: of two, another program may take the other.
+
+    Raises
+    ------
+    ValueError, RecursionError
+        For what is no such JSON.
+    """
+    return json.loads(content.decode("utf-8"), object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = sorted(key for key, _ in pairs)
+        twice = next(key for key, other in pairwise(keys) if key == other)
+        raise ValueError(f"{twice[:_SHOWN]!r} is there twice")
     return values
 
 
@@ -289,7 +333,11 @@ def parse_config(values: Values, generation: Values | None = None, where: str = 
     file = f"{where}config.json"
     model_type = values.get("model_type")
     if model_type != "paligemma":
-        kind = f"a {model_type} model" if isinstance(model_type, str) else "of no named model_type"
+        kind = (
+            f"a {model_type[:_SHOWN]} model"
+            if isinstance(model_type, str)
+            else "of no named model_type"
+        )
         raise NpvlmError(
             f"{file} is {kind}, expected paligemma; npvlm runs PaliGemma and PaliGemma 2 only"
         )

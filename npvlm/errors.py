@@ -1,13 +1,28 @@
 """The two errors a caller may meet; each message is one sentence that says what to do next."""
 
+import re
+
+# What a terminal obeys instead of showing, and surrogates that stand for no byte of a path.
+_UNSHOWN = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]"
+)
+
 
 class NpvlmError(Exception):
     """A model, a file or the machine is at fault."""
 
     exit_code = 3
 
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
+
 
 class UsageError(NpvlmError):
     """The request itself is at fault: a flag, a prompt, an argument."""
 
     exit_code = 2
+
+
+def shown(text: str) -> str:
+    """Spell out what would steer a terminal or break a line: names in files are anybody's."""
+    return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)

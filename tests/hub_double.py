@@ -28,6 +28,8 @@ class Hub:
     breaks : how many times that happens
     stall_after : bytes after which nothing comes any more, once
     damage : the name of a file that comes with a byte changed
+    more : the name of a file that comes with more bytes than were promised
+    redirect : where every request for a file is sent on to
     asked : of each request its path and its Range
     """
 
@@ -41,6 +43,8 @@ class Hub:
     breaks: int = 0
     stall_after: int | None = None
     damage: str | None = None
+    more: str | None = None
+    redirect: str | None = None
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     stalled: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
@@ -121,6 +125,9 @@ class Handler(BaseHTTPRequestHandler):
         if hub.gate and (hub.token is None or self._token() != hub.token):
             self._refuse(hub.gate, hub.error)
             return
+        if hub.redirect:
+            self._send(302, b"", {"Location": hub.redirect})
+            return
         if name not in hub.files:
             self._refuse(404, "EntryNotFound")
             return
@@ -128,6 +135,8 @@ class Handler(BaseHTTPRequestHandler):
         named = digest(content)
         if hub.damage == name:
             content = content[:-1] + bytes([content[-1] ^ 1])
+        if hub.more == name:
+            content += bytes(2**20)
         headers = {"ETag": f'"{named}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         status, start = 200, 0
         if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):

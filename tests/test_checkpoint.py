@@ -406,3 +406,74 @@ def test_other_formats_are_named_and_safetensors_asked_for(tmp_path: Path, name:
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     assert "has neither model.safetensors nor" in refusal(tmp_path, a_config())
     assert "is not there, expected a folder" in refusal(tmp_path / "nowhere", a_config())
+
+
+# Headers from strangers; sizes, places and truncation stand above
+
+
+def write_header(path: Path, header: bytes, data: bytes) -> None:
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+
+
+def header_and_data(path: Path) -> tuple[dict[str, Any], bytes]:
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+@pytest.mark.parametrize("length", [2**22 + 1, 2**31, 2**63 - 1, 2**64 - 1])
+def test_a_header_longer_than_any_is_refused_before_it_is_read(tmp_path: Path, length: int) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", length) + b"{}")
+    os.truncate(file, 2**33)  # a file with holes, which takes no room on the disk
+    assert f"a header of {length:,} bytes" in refusal(tmp_path, a_config())
+
+
+@pytest.mark.parametrize("inside", ["name", "entry"])
+def test_a_header_that_says_a_thing_twice_is_refused(tmp_path: Path, inside: str) -> None:
+    write(tmp_path / "model.safetensors", tensors_of(a_config()))
+    header, data = header_and_data(tmp_path / "model.safetensors")
+    text = json.dumps(header)
+    if inside == "name":  # of the two, a reader that takes the first gets other weights
+        text = f"{text[:-1]}, {json.dumps(EMBED_TOKENS)}: {json.dumps(header[EMBED_TOKENS])}}}"
+    else:
+        text = text.replace('"dtype"', '"dtype": "F32", "dtype"', 1)
+    write_header(tmp_path / "model.safetensors", text.encode(), data)
+    assert "is there twice" in refusal(tmp_path, a_config())
+
+
+@pytest.mark.parametrize(
+    "name", ["\x1b[2J", "two\nlines", "\x00", "\u202egnp", "\x9b31m", "x" * 100_000, "日本", ""]
+)
+def test_any_name_of_a_tensor_is_one_short_line_that_steers_no_terminal(
+    tmp_path: Path, name: str
+) -> None:
+    config = a_config()
+    write(tmp_path / "model.safetensors", tensors_of(config) | {name: ("F32", (1,), bytes(4))})
+    said = refusal(tmp_path, config)
+    assert "1 unexpected" in said and len(said) < 1000
+    assert not any(ord(c) < 32 or 127 <= ord(c) < 160 or c == "\u202e" for c in said)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 2**62), (3, 0)])
+def test_tensors_without_numbers_are_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    config = a_config()
+    tensors = tensors_of(config) | {EMBED_TOKENS: ("F32", shape, b"")}
+    write(tmp_path / "model.safetensors", tensors)
+    assert f"{EMBED_TOKENS} is {list(shape)}" in refusal(tmp_path, config)
+
+
+def test_more_layers_than_the_files_have_are_named_and_fewer_as_well(tmp_path: Path) -> None:
+    values = saved_by_transformers5("gemma")
+    write(tmp_path / "model.safetensors", tensors_of(parse_config(values)))
+    layers = values["text_config"]["num_hidden_layers"]
+    for other, says in ((layers + 900, "missing"), (layers - 1, "unexpected")):
+        changed = values | {"text_config": values["text_config"] | {"num_hidden_layers": other}}
+        said = refusal(tmp_path, parse_config(changed))
+        assert says in said and len(said) < 2000
+
+
+def test_a_shard_whose_name_no_disk_takes_is_refused(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "x" * 300 + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "expected the plain name" in refusal(tmp_path, a_config())

@@ -279,6 +279,7 @@ def test_another_model_is_named() -> None:
 def test_values_too_long_for_a_sentence_are_cut() -> None:
     said = refusal(changed(paligemma(224), "text_config.hidden_size", "x" * 5000))
     assert "..." in said
+    assert len(refusal({"model_type": "x" * 5000})) < 300
 
 
 @pytest.mark.parametrize(
@@ -326,3 +327,37 @@ def test_a_folder_is_read_with_its_generation_config(tmp_path: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 107]}')
     config: Config = read_config(folder)
     assert config.eos_token_ids == (1, 107)
+
+
+BOMBS = {
+    "too large": (b" " * 2**23 + b"{}", "expected at most 8,388,608"),
+    "a key twice": (b'{"model_type": "llama", "model_type": "paligemma"}', "is there twice"),
+    "objects without end": (b'{"a":' * 2**20, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize(("content", "says"), BOMBS.values(), ids=BOMBS)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_that_asks_for_too_much_or_says_a_thing_twice_is_refused(
+    tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(saved_by_transformers5("gemma")))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(NpvlmError, match=says):
+        read_config(tmp_path)
+
+
+def test_a_file_of_gigabytes_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(2**34)  # a file with holes
+    with pytest.raises(NpvlmError, match="17,179,869,184 bytes, expected at most"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["\x1b[2J\n", "\ud800", "\u2028", "\x9b2J"])
+def test_what_a_file_says_is_printed_and_not_obeyed(value: str) -> None:
+    with pytest.raises(NpvlmError) as caught:
+        parse_config({"model_type": value})
+    said = str(caught.value)
+    said.encode()
+    assert said.isprintable() and value not in said

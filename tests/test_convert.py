@@ -241,8 +241,8 @@ def test_everything_small_beside_the_weights_comes_along(tmp_path: Path) -> None
 def test_a_folder_of_links_is_converted_to_files(tmp_path: Path) -> None:
     blobs, config = a_source(tmp_path / "blobs")
     (blobs / "tokenizer.model").write_text("pieces")
-    source = tmp_path / "snapshot"
-    source.mkdir()
+    source = tmp_path / "snapshots" / "main"
+    source.mkdir(parents=True)
     for file in blobs.iterdir():
         (source / file.name).symlink_to(file)
     convert(source, tmp_path / "new", "int8", quiet)

@@ -167,6 +167,35 @@ def test_bytes_that_fail_their_checksum_are_deleted_and_said(
     assert names.snapshot_of(names.Wanted(REPO, None)) is None
 
 
+@pytest.mark.parametrize("name", ["config.json", WEIGHTS])
+def test_no_more_bytes_are_taken_than_were_promised(hub: Hub, home: Path, name: str) -> None:
+    hub.more = name
+    said = last_line(fetch(hub, REPO, "-q"))
+    assert f"more than the {len(hub.files[name]):,} bytes that it promised" in said
+    blobs = storage(home) / "blobs"
+    assert all(
+        p.stat().st_size <= len(hub.files[name]) for p in blobs.glob(f"{digest(hub.files[name])}*")
+    )
+
+
+def test_a_hub_that_leads_to_a_file_of_this_machine_gets_none(hub: Hub, home: Path) -> None:
+    hub.redirect = "file:///etc/hostname"
+    assert last_line(fetch(hub, REPO, "-q")).startswith("npvlm: ")
+    assert not any(path.stat().st_size for path in (storage(home) / "blobs").iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil.safetensors", "/tmp/evil.safetensors", "a:b.safetensors"]
+)
+def test_names_of_a_hub_lead_nowhere_but_into_the_cache(hub: Hub, home: Path, name: str) -> None:
+    hub.files = {n: c for n, c in hub.files.items() if n != WEIGHTS}
+    hub.files |= {"model.safetensors.index.json": b"{}", name: b"0", "model-1.safetensors": b"1"}
+    folder = Path(fetch(hub, REPO, "-q").stdout.strip())
+    assert "model-1.safetensors" in {path.name for path in folder.iterdir()}
+    asked = [path for path, _ in hub.asked]
+    assert not any("evil" in path or ":b" in path for path in asked)
+
+
 def test_fetching_again_checks_what_is_here_and_mends_it(hub: Hub, home: Path) -> None:
     assert fetch(hub).returncode == 0
     blob = storage(home) / "blobs" / digest(hub.files[WEIGHTS])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import struct
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +157,66 @@ def test_a_damaged_mask_decoder_is_named(tmp_path: Path) -> None:
         np.savez(path, **changed)
         with pytest.raises(NpvlmError, match=says):
             open_mask_decoder(path)
+
+
+def packed(path: Path, member: bytes, times: int = 1) -> None:
+    """The archive of the published tensors with the bytes of one of them replaced."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in as_arrays().items():
+            if name != "decoder.4.bias":
+                with archive.open(f"{name}.npy", "w") as stream:
+                    np.lib.format.write_array(stream, np.asarray(array))
+        for _ in range(times):
+            archive.writestr("decoder.4.bias.npy", member)
+
+
+def npy(header: str, data: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
+    return b"\x93NUMPY" + version + struct.pack("<H", len(header)) + header.encode() + data
+
+
+HEADER = "{{'descr': {}, 'fortran_order': False, 'shape': {}}}"
+HOSTILE = {
+    "a shape of terabytes": npy(HEADER.format("'<f4'", "(1000000000000,)")),
+    "sides below zero": npy(HEADER.format("'<f4'", "(-1, -128)"), bytes(512)),
+    "a type of gigabytes": npy(HEADER.format("'|V2000000000'", "(128,)"), bytes(512)),
+    "records": npy(HEADER.format("[('a', '<f4'), ('b', 'O')]", "(128,)"), bytes(512)),
+    "a pickle with a header": npy(HEADER.format("'|O'", "(128,)"), b"cos\nsystem\n(S'false'\ntR."),
+    "a pickle alone": b"\x80\x04cos\nsystem\n(S'false'\ntR.",
+    "a call as its shape": npy(HEADER.format("'<f4'", "__import__('os').abort()"), bytes(512)),
+    "a call as its header": npy("__import__('os').abort()", bytes(512)),
+    "brackets without end": npy("(" * 9000),
+    "more than it says": npy(HEADER.format("'<f4'", "(128,)"), bytes(2**20)),
+    "less than it says": npy(HEADER.format("'<f4'", "(128,)"), bytes(511)),
+    "a version that is none": npy(HEADER.format("'<f4'", "(128,)"), bytes(512), b"\x09\x00"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("member", HOSTILE.values(), ids=HOSTILE)
+def test_an_array_that_is_not_what_its_header_says_is_refused_unread(
+    tmp_path: Path, member: bytes
+) -> None:
+    packed(tmp_path / "vae-oid.npz", member)
+    tracemalloc.start()
+    with pytest.raises(NpvlmError, match="no mask decoder that can be read"):
+        open_mask_decoder(tmp_path / "vae-oid.npz")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_with_one_name_twice_is_refused(tmp_path: Path) -> None:
+    good = npy(HEADER.format("'<f4'", "(128,)"), bytes(512))
+    packed(tmp_path / "vae-oid.npz", good)
+    assert open_mask_decoder(tmp_path / "vae-oid.npz")["decoder.4.bias"].shape == (128,)
+    packed(tmp_path / "vae-oid.npz", good, times=2)
+    with pytest.raises(NpvlmError, match="is there twice"):
+        open_mask_decoder(tmp_path / "vae-oid.npz")
+
+
+@pytest.mark.parametrize("name", ["vae-oid.npz", "vae.safetensors"])
+def test_a_mask_decoder_of_gigabytes_is_refused_unread(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(2**33)  # a file with holes
+    with pytest.raises(NpvlmError, match=r"8,589,934,592 bytes, expected at most 33,554,432"):
+        open_mask_decoder(tmp_path / name)

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from npvlm.config import PRECISIONS, parse_config
+from npvlm.files.needs import weight_bytes, working_bytes
 from npvlm.files.published import PUBLISHED, config_values
 from npvlm.work import models as job
 from npvlm.work.models import Listed, list_models
-from npvlm.work.needs import weight_bytes, working_bytes
 from tests.test_cli import one_line, run
 from tests.test_hub import COMMIT, ONE, SHARDS, WHOLE, save
 from tests.test_hub import home as home  # a fixture: every test here has an empty cache

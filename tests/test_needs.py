@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from npvlm.config import Config, parse_config, read_config
+from npvlm.files.needs import TEXT, weight_bytes, working_bytes
 from npvlm.files.published import config_values
 from npvlm.model.cache import new_cache
 from npvlm.work.convert import convert
-from npvlm.work.needs import TEXT, weight_bytes, working_bytes
 from tests.test_convert import SHAPES, a_source, quiet
 
 # Peak anonymous memory in `npvlm bench`, one picture: the largest of its precisions.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,43 @@ def test_a_list_for_raw_numbers_that_lacks_something_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"shape": [1] * 80}, "cannot be read"),
+        ({"shape": [0, 2**70]}, "cannot be read"),
+        ({"shape": [2**62, 4]}, "but the file has 16"),
+        ({"offset": 2**70}, "but the file has 16"),
+        ({"offset": -8}, "but the file has 16"),
+    ],
+)
+def test_a_place_or_shape_that_no_file_has_is_refused_by_name(
+    tmp_path: Path, entry: dict[str, Any], says: str
+) -> None:
+    stage = {"name": "x", "dtype": "F32", "shape": [1], "offset": 0} | entry
+    (tmp_path / "mine.bin").write_bytes(bytes(16))
+    (tmp_path / "mine.json").write_text(json.dumps({"stages": [stage]}))
+    dump = open_dump(tmp_path / "mine.bin")
+    with pytest.raises(NpvlmError, match=says):
+        dump.read("x")
+    (tmp_path / "mine.json").write_text(json.dumps({"stages": [stage] * 2}))
+    with pytest.raises(NpvlmError, match="is there twice"):
+        open_dump(tmp_path / "mine.bin")
+
+
+def test_an_archive_of_arrays_is_read_when_asked_and_held_to_its_headers(tmp_path: Path) -> None:
+    stages = {"norm": np.arange(6.0).reshape(2, 3).T, "ids": np.arange(4)}
+    dump = open_dump(npz(tmp_path, stages))
+    assert dump.dtypes == {"norm": "F64", "ids": "I64"}
+    assert all(np.array_equal(dump.read(name), value) for name, value in stages.items())
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,)}"
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        content = b"\x93NUMPY\x01\x00" + bytes([len(header), 0]) + header
+        archive.writestr("norm.npy", content)
+    with pytest.raises(NpvlmError, match="has not the size that its shape"):
+        open_dump(tmp_path / "mine.npz")
+
+
+@pytest.mark.parametrize(
     "damage", [lambda data: data[:-8], lambda data: b"\x93NUMPY\x01\x00nonsense"]
 )
 def test_a_damaged_npy_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
@@ -97,6 +135,8 @@ def test_a_damaged_npy_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]
 
 
 EDITS: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+    ("image is 7", lambda m: m.update(image=7)),
+    ("is there twice", lambda m: m["stages"].append(m["stages"][0])),
     ("config", lambda notes: notes.pop("config")),
     ("config", lambda notes: notes.update(config=3)),
     ("model", lambda notes: notes.update(model=None)),

@@ -334,3 +334,13 @@ def test_text_of_the_real_vocabulary(gemma: Tokenizer) -> None:
     assert gemma.decode([443, 226, 347]) == "\ufffd\t\ufffd"
     assert gemma.decode([300000, 257153, 235248, 5]) == " <2mass>"
     assert gemma.vocab_size == 257153
+
+
+def test_a_piece_that_is_no_utf8_is_a_damaged_vocabulary(folder: Path, model: bytes) -> None:
+    (folder / "tokenizer.model").write_bytes(model.replace(b"<0x41>", b"<0x4\xff>"))
+    with pytest.raises(NpvlmError, match="is no SentencePiece model"):
+        load_tokenizer(folder, a_config())
+    (folder / "tokenizer.model").write_bytes(model.replace(b"<loc0003>", b"<loc000\xff>"))
+    with pytest.raises(NpvlmError, match="is no UTF-8"):
+        damaged = load_tokenizer(folder, a_config())
+        damaged.decode(list(range(damaged.vocab_size)))

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from npvlm.answers.confidence import nearby_gain
 from npvlm.config import Config
 from npvlm.decoding.generate import logits
-from npvlm.decoding.passes import finite
 from npvlm.model.cache import Rows
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap
@@ -54,7 +53,7 @@ def read_answer(
         Where the weights make scores that are no numbers.
     """
     first = len(prompt) - 1
-    scores = finite(logits(prompt, answer[:-1], features, w, config, ops=ops, tap=tap, first=first))
+    scores = logits(prompt, answer[:-1], features, w, config, ops=ops, tap=tap, first=first)
     return np.array(
         [
             float(ops.log_softmax(row)[token]) + nearby_gain(row, token, places)

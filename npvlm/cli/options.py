@@ -144,7 +144,24 @@ def open_model(model: str, precision: str | None, ops: str, quiet: bool = False)
         click.echo(f"npvlm: {note}", err=True)
     if ops == "kernels":
         say_when_compiling(quiet)
-    return load(model, precision, ops)
+    opened = load(model, precision, ops)
+    if not quiet:
+        _say_when_crowded(opened)
+    return opened
+
+
+def _say_when_crowded(model: Model) -> None:
+    """Say on stderr that weights are read from disk at every step, where memory holds too few."""
+    from npvlm.files.memory import available_memory, said_bytes
+    from npvlm.files.needs import mapped_bytes
+
+    mapped, free = mapped_bytes(model.weights), available_memory()
+    if free is not None and mapped > free:
+        note = (
+            f"{said_bytes(mapped)} of weights and {said_bytes(free)} of memory: they are read from "
+            "disk again and again, which is slow; `npvlm convert` makes them smaller."
+        )
+        click.echo(f"npvlm: {note}", err=True)
 
 
 def say_when_compiling(quiet: bool = False) -> None:

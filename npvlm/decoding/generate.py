@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 
 from npvlm.config import Config
-from npvlm.decoding.passes import extend, prefill
+from npvlm.decoding.passes import extend, prefill, trusted
 from npvlm.model import gemma, paligemma
 from npvlm.model.cache import Rows, new_cache
 from npvlm.model.ops import Index
@@ -103,6 +103,11 @@ def logits(
     """Score a whole sequence in one pass: a row for each token from `first` on, of what may follow.
 
     prompt [A], answer [B], features [M, D] -> [T, V]
+
+    Raises
+    ------
+    NpvlmError
+        Where the weights make scores that are no numbers.
     """
     x = paligemma.embed(prompt, features, w, config, ops=ops, tap=tap)
     text = w.scope("language_model")
@@ -111,4 +116,5 @@ def logits(
     cache = new_cache(config.text_config, len(x), x.dtype)
     rows = Rows.of(0, len(prompt), range(len(x)))
     wanted = np.arange(first, len(x))
-    return paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap)
+    scores = paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap)
+    return trusted(scores, w, config)

@@ -17,7 +17,10 @@ from npvlm.model import paligemma
 from npvlm.model.cache import LayerCache, Rows
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap
-from npvlm.model.weights import Array, Weights
+from npvlm.model.weights import Array, Weights, is_finite
+
+# A score that the soft-cap leaves so near to its bound was eight times as large or more.
+_SATURATED = 1 - 1e-6
 
 
 def prefill(
@@ -52,7 +55,8 @@ def prefill(
     x = paligemma.embed(np.concatenate(prompts), features, w, config, ops=ops, tap=tap)
     rows = Rows.pack([Rows.of(s, n, range(n)) for s, n in zip(starts, lengths, strict=False)])
     wanted = np.cumsum(lengths) - 1
-    return finite(paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap))
+    scores = paligemma.forward(x, w, config, cache, rows, wanted, ops=ops, tap=tap)
+    return trusted(scores, w, config)
 
 
 def extend(
@@ -72,13 +76,35 @@ def extend(
     x [T, D] -> [T, V]
     """
     every = np.arange(len(x))
-    return finite(paligemma.forward(x, w, config, cache, rows, every, ops=ops, tap=tap))
+    scores = paligemma.forward(x, w, config, cache, rows, every, ops=ops, tap=tap)
+    return trusted(scores, w, config)
 
 
-def finite(scores: Array) -> Array:
-    """The same scores, if they are numbers. scores [...] -> [...]"""
-    if not np.isfinite(scores).all():
+def trusted(scores: Array, w: Weights, config: Config) -> Array:
+    """The same scores, if they are numbers that finite weights can make. scores [...] -> [...]
+
+    Weights are mapped, so nobody has looked at them before. inf and nan in one of them reach every
+    score, but the soft-cap of Gemma 2 makes plain numbers of infinite ones: its own bounds. So the
+    weights are searched where scores are no numbers, and where they lie at the bounds.
+
+    Raises
+    ------
+    NpvlmError
+        Naming the tensor that holds inf or nan; or for scores that overflow by themselves.
+    """
+    cap = config.text_config.final_logit_softcapping
+    whole = bool(np.isfinite(scores).all())
+    if whole and (cap is None or np.max(np.abs(scores), initial=0) < cap * _SATURATED):
+        return scores
+    for name, weight in w.items():
+        if not is_finite(weight):
+            raise NpvlmError(
+                f"{name} holds inf or nan, expected numbers: the model's weights are damaged; copy "
+                "them again."
+            )
+    if not whole:
         raise NpvlmError(
-            "the model's scores are not finite, expected numbers; are its weights damaged?"
+            "the model's scores are not finite, expected numbers, although its weights are; does "
+            "config.json belong to them?"
         )
     return scores

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from npvlm.config import Config, read_json
+from npvlm.config import Config, parse_json, read_json
 from npvlm.errors import NpvlmError
 from npvlm.files.names import (
     EMBED_TOKENS,
@@ -47,6 +47,9 @@ OTHER_FORMATS = (
 )
 _POINTER = b"version https://git-lfs"
 _LISTED = 3
+_LARGEST_HEADER = 2**22  # bytes; the longest that is published has a twentieth
+_LONGEST_NAME = 255  # bytes of the name of a file
+_NAMED = 120  # characters of a name in a message: longer than that of any tensor
 _KINDS = 60  # tensors named in a message, those of several layers counted once
 _NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")
 
@@ -62,6 +65,10 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    def bytes(self) -> NDArray[np.uint8]:
+        """View the stored bytes as they are."""
+        return self.data[self.offset : self.offset + self.nbytes]
 
     def array(self) -> Array:
         """View the stored bytes as numbers, bfloat16 as its bits; they need not be aligned."""
@@ -208,8 +215,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     """List the files that an index names, each a plain name inside the index's own folder.
 
-    The name is what is checked. A shard may be a symbolic link, as it is in the cache that the
-    hub's own downloader fills; such links are followed.
+    The name is what is checked; `links` sees to it where a file by that name may lead.
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -217,7 +223,7 @@ def _shards(index: Path) -> list[Path]:
     shards = []
     for shard in dict.fromkeys(map(json.dumps, weight_map.values())):
         name = json.loads(shard)
-        if not isinstance(name, str) or not name.endswith(".safetensors") or not _is_plain(name):
+        if not isinstance(name, str) or not name.endswith(".safetensors") or not is_plain(name):
             raise NpvlmError(
                 f"{index} names the file {shard[:80]}, "
                 "expected the plain name of a .safetensors file in the same folder"
@@ -232,9 +238,10 @@ def _shards(index: Path) -> list[Path]:
     return shards
 
 
-def _is_plain(name: str) -> bool:
+def is_plain(name: str) -> bool:
     """Tell whether a name can only mean a file in the folder at hand, on any system."""
-    return not any(c in "/\\:" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
+    outside = any(c in "/\\:" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
+    return not outside and len(name.encode()) <= _LONGEST_NAME
 
 
 def read_header(file: Path) -> list[Stored]:
@@ -243,19 +250,22 @@ def read_header(file: Path) -> list[Stored]:
         raise NpvlmError(f"{file} is no regular file; copy the checkpoint again")
     try:
         with file.open("rb") as stream:
-            if stream.read(len(_POINTER)) == _POINTER:
+            start = stream.read(len(_POINTER))
+            if start == _POINTER:
                 raise NpvlmError(
                     f"{file} is a pointer of git LFS; fetch the file with git lfs pull"
                 )
+            (length,) = struct.unpack("<Q", start[:8])
+            if length > _LARGEST_HEADER:
+                raise ValueError(f"a header of {length:,} bytes, expected {_LARGEST_HEADER:,}")
+            stream.seek(8)
+            header = parse_json(stream.read(length))
         with safe_open(file, framework="numpy"):
             pass
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
         data = np.memmap(file, dtype=np.uint8, mode="r")
     except OSError as error:
         raise NpvlmError(f"{file} cannot be read: {error.strerror or error}") from None
-    except (SafetensorError, ValueError, struct.error) as error:
+    except (SafetensorError, ValueError, RecursionError, struct.error) as error:
         raise NpvlmError(
             f"{file} is no whole safetensors file ({_one_line(error)}); copy it again"
         ) from None
@@ -326,8 +336,8 @@ def _hint(
 
 def _twice(first: Stored, second: Stored) -> NpvlmError:
     """Refuse a tensor that is there twice: which of the two counts is anyone's guess."""
-    here = f"{first.name} in {first.file}"
-    there = f"{second.name} in {second.file.name}"
+    here = f"{_cut(first.name)} in {first.file}"
+    there = f"{_cut(second.name)} in {second.file.name}"
     return NpvlmError(f"{here} and {there} are the same tensor, expected one; remove the other")
 
 
@@ -336,7 +346,7 @@ def grouped(names: Mapping[str, str]) -> list[str]:
     numbers: dict[tuple[str, str], list[int]] = {}
     for name, says in names.items():
         found = _NUMBER.search(name)
-        pattern = _NUMBER.sub("*", name, count=1)
+        pattern = _NUMBER.sub("*", _cut(name), count=1)
         numbers.setdefault((pattern, says), []).extend([int(found[0])] if found else [])
     return [pattern.replace("*", _ranges(at), 1) + says for (pattern, says), at in numbers.items()]
 
@@ -358,6 +368,11 @@ def _listed(names: Iterable[str], most: int = _LISTED) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def _cut(name: str) -> str:
+    """A name as it fits into a sentence: a file may have any."""
+    return name if len(name) <= _NAMED else f"{name[: _NAMED - 3]}..."
 
 
 def _either(words: tuple[str, ...]) -> str:

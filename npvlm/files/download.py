@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import re
 import shutil
 import socket
@@ -46,6 +47,22 @@ Say = Callable[[str], None]
 
 class NotAsked(NpvlmError):
     """The hub was not asked: huggingface_hub is not installed, or told to use no network."""
+
+
+class _Promised(io.BufferedWriter):
+    """A file that is written behind its end, and grows no larger than was promised."""
+
+    def __init__(self, path: Path, most: int) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self.most = most
+
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > self.most:
+            raise NpvlmError(
+                f"{endpoint()} sends more than the {self.most:,} bytes that it promised, expected "
+                "no more; fetch again, or from another hub."
+            )
+        return super().write(data)
 
 
 @dataclass(frozen=True)
@@ -210,7 +227,7 @@ def _remote_file(wanted: Wanted, sibling: Any) -> RemoteFile:
     """What the hub promises of a file; without that there is nothing to check it by."""
     large = sibling.lfs
     digest, size = (large.sha256, large.size) if large else (sibling.blob_id, sibling.size)
-    if type(size) is not int or not _DIGEST.fullmatch(str(digest)):
+    if type(size) is not int or size < 0 or not _DIGEST.fullmatch(str(digest)):
         raise NpvlmError(
             f"{endpoint()} says neither size nor checksum of {sibling.rfilename} of {wanted.repo}, "
             "expected both; is it a Hugging Face hub?"
@@ -246,7 +263,7 @@ def _bring(hub: Any, remote: Remote, file: RemoteFile) -> None:
         if not blob.exists():
             if _size_of(part) > file.size:
                 part.unlink()
-            with part.open("ab") as output:
+            with _Promised(part, file.size) as output:
                 hub.file_download.http_get(
                     url,
                     output,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from npvlm.config import read_json
 from npvlm.errors import NpvlmError
-from npvlm.files.checkpoint import INDEX, SINGLE
+from npvlm.files.checkpoint import INDEX, SINGLE, is_plain
 from npvlm.files.published import OWNER, PUBLISHED, Published
 
 CONFIG = "config.json"
@@ -112,7 +112,8 @@ def missing_files(snapshot: Path) -> list[str]:
     if (snapshot / INDEX).exists() and not (snapshot / SINGLE).exists():
         shards = read_json(snapshot / INDEX).get("weight_map")
         if isinstance(shards, dict):  # anything else is told when it is opened
-            needed += sorted({str(name) for name in shards.values()})
+            names = {name for name in shards.values() if isinstance(name, str)}
+            needed += sorted(filter(is_plain, names))
     else:
         needed.append(SINGLE)
     return [name for name in needed if not (snapshot / name).exists()]

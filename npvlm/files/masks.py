@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from npvlm.errors import NpvlmError
+from npvlm.files.checkpoint import Stored, read_header
+from npvlm.files.npz import Member, npz_members, read_member
 from npvlm.model.vqvae import CODEBOOK
-from npvlm.model.weights import Weight, Weights, unpack
+from npvlm.model.weights import Array, Weights, unpack
 
 FILES = ("vae-oid.npz", "vae.safetensors")
 ADDRESS = "https://storage.googleapis.com/big_vision/paligemma/vae-oid.npz"
+LARGEST = 2**25  # bytes; the published file has 8.5 million
+_FLOATS = ("float16", "float32", "float64", "F16", "BF16", "F32")
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
@@ -63,31 +66,36 @@ def open_mask_decoder(path: Path) -> Weights:
     except Exception as error:  # a damaged archive makes its readers raise nearly anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise NpvlmError(f"{path} is no mask decoder that can be read ({reason}).") from error
-    for name, shape in _shapes().items():
-        if name not in tensors:
-            raise NpvlmError(f"{path}: {name} is missing; is it the VQ-VAE of PaliGemma's masks?")
-        found = tensors[name].shape
-        if found != shape:
-            raise NpvlmError(f"{path}: {name} is {list(found)}, expected {list(shape)}.")
-        if not np.isfinite(unpack(tensors[name], np.float32)).all():
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
             raise NpvlmError(f"{path}: {name} holds numbers that are not finite; is it damaged?")
-    return Weights(tensors)
+    return Weights(dict(tensors))
 
 
-def _read(path: Path) -> dict[str, Weight]:
-    """The tensors of either kind of file that decoding takes, as they are found."""
-    wanted = _shapes()
+def _read(path: Path) -> dict[str, Array]:
+    """The tensors of either kind of file that decoding takes, each checked before it is read."""
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise NpvlmError(f"{path} has {size:,} bytes, expected at most {LARGEST:,}.")
+    found: Mapping[str, Member | Stored]
     if path.suffix == ".npz":
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {name: _floats(file[name], path, name) for name in wanted if name in file.files}
-    with safe_open(path, framework="numpy") as file:
-        held = set(file.keys())
-        return {name: _floats(file.get_tensor(name), path, name) for name in wanted if name in held}
+        found = npz_members(path)
+    else:
+        found = {tensor.name: tensor for tensor in read_header(path)}
+    for name, shape in _shapes().items():
+        if name not in found:
+            raise NpvlmError(f"{path}: {name} is missing; is it the VQ-VAE of PaliGemma's masks?")
+        sides, kind = found[name].shape, str(found[name].dtype)
+        if sides != shape:
+            raise NpvlmError(f"{path}: {name} is {list(sides)[:9]}, expected {list(shape)}.")
+        if kind not in _FLOATS:
+            raise NpvlmError(f"{path}: {name} is {kind}, expected floating-point numbers.")
+    return {name: _float32(path, name, found[name]) for name in _shapes()}
 
 
-def _floats(array: Any, path: Path, name: str) -> Weight:
-    """An array as float32, if it is one of fractions."""
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        kind = getattr(array, "dtype", type(array).__name__)
-        raise NpvlmError(f"{path}: {name} is {kind}, expected floating-point numbers.")
-    return array.astype(np.float32)
+def _float32(path: Path, name: str, found: Member | Stored) -> Array:
+    """The numbers of a tensor whose header was read."""
+    if isinstance(found, Stored):
+        return unpack(found.weight(), np.float32)
+    with np.errstate(over="ignore"):  # what becomes infinite is refused as that
+        return read_member(path, name).astype(np.float32)

@@ -12,7 +12,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-from npvlm.config import Config, read_json
+from npvlm.config import Config, read_json, read_small
 from npvlm.errors import NpvlmError, UsageError
 
 IMAGE = "<image>"
@@ -24,6 +24,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TAB = "<0x09>"
 _SPACE = "\u2581"
 _LONGEST_RUN = 31
+_LARGEST = 2**25  # bytes of a vocabulary; Gemma's has 4.2 million
 
 
 class Tokenizer:
@@ -110,7 +111,7 @@ class Tokenizer:
         if token_id in self._added_pieces:
             return self._added_pieces[token_id]
         if 0 <= token_id < self._count:
-            return str(self._pieces.id_to_piece(int(token_id)))
+            return _piece(self._pieces, int(token_id))
         return ""
 
     def strip_image_marks(self, text: str) -> tuple[str, int]:
@@ -203,15 +204,12 @@ def _read_pieces(folder: Path) -> SentencePieceProcessor:
                 "published beside the other files of every google/paligemma repository"
             )
         raise NpvlmError(f"{path} is missing; copy it from where the model was published")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise NpvlmError(f"{path} cannot be read: {error.strerror}") from None
+    content = read_small(path, _LARGEST)
     pieces = SentencePieceProcessor()
     try:
         if not content or not pieces.LoadFromSerializedProto(content):
             raise RuntimeError
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # its own reasons may quote what is no UTF-8
         raise NpvlmError(f"{path} is no SentencePiece model; copy it again") from None
     return pieces
 
@@ -268,7 +266,7 @@ def _with_own(
     if known is None and image_id < len(pieces):
         raise NpvlmError(
             f"{folder}: image_token_index of config.json is {image_id}, expected the id of "
-            f"{IMAGE}, but tokenizer.model has {pieces.id_to_piece(image_id)!r} there; "
+            f"{IMAGE}, but tokenizer.model has {_piece(pieces, image_id)!r} there; "
             "is it the tokenizer of another model?"
         )
     beyond = sorted(piece for piece, i in added.items() if i >= rows and piece != IMAGE)
@@ -279,7 +277,7 @@ def _with_own(
         )
     own = {IMAGE: image_id}
     if pieces.unk_id() >= 0:
-        own[pieces.id_to_piece(pieces.unk_id())] = pieces.unk_id()
+        own[_piece(pieces, pieces.unk_id())] = pieces.unk_id()
     # Typed marks of a space are matched as they stand; spaces become marks later and merge.
     for run in range(2, _LONGEST_RUN + 1):
         if (found := _piece_id(pieces, _SPACE * run)) is not None:
@@ -293,7 +291,17 @@ def _piece_id(pieces: SentencePieceProcessor, piece: str) -> int | None:
         found = int(pieces.piece_to_id(piece))
     except UnicodeEncodeError:
         return None
-    return found if found >= 0 and pieces.id_to_piece(found) == piece else None
+    return found if found >= 0 and _piece(pieces, found) == piece else None
+
+
+def _piece(pieces: SentencePieceProcessor, token_id: int) -> str:
+    """The piece of an id; one that is no UTF-8 is a damaged vocabulary's."""
+    try:
+        return str(pieces.id_to_piece(token_id))
+    except UnicodeDecodeError:
+        raise NpvlmError(
+            f"the piece of the id {token_id} in tokenizer.model is no UTF-8; copy the file again"
+        ) from None
 
 
 def _is_byte(piece: str) -> bool:

@@ -12,15 +12,17 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from npvlm.config import read_json
+from npvlm.config import LARGEST_JSON, parse_json, read_json, read_small
 from npvlm.errors import NpvlmError, UsageError
+from npvlm.files.checkpoint import read_header
+from npvlm.files.links import refuse_links_out
+from npvlm.files.npz import npz_members, read_member
 from npvlm.files.output import check_new, new_file, new_folder
 from npvlm.model.weights import Array
 from npvlm.porting.stages import SCHEMA
@@ -201,7 +203,13 @@ def open_dump(path: Path) -> Dump:
             "folder of .npy files."
         )
     with _readable(path):
-        return forms[path.suffix](path)
+        dump = forms[path.suffix](path)
+
+    def read(name: str) -> Array:
+        with _readable(path):
+            return dump.read(name)
+
+    return replace(dump, read=read)
 
 
 def _no_array(name: str) -> Array:
@@ -215,54 +223,53 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except NpvlmError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError, SafetensorError) as error:
+    except Exception as error:  # a damaged file makes its readers raise nearly anything
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise NpvlmError(f"{path} cannot be read ({reason}); write it anew.") from error
 
 
 def _open_safetensors(path: Path) -> Dump:
-    with safe_open(path, framework="np") as file:  # checks the layout
-        names = list(file.keys())
-    data = np.memmap(path, np.uint8, "r")
-    size = int.from_bytes(data[:8].tobytes(), "little")
-    header = json.loads(data[8 : 8 + size].tobytes())
-    dtypes = {name: str(header[name]["dtype"]) for name in header if name in names}
+    stored = {tensor.name: tensor for tensor in read_header(path)}
+    dtypes = {name: tensor.dtype for name, tensor in stored.items()}
     for name, kind in dtypes.items():
         if kind not in TYPES:
             raise ValueError(f"{name} is {kind}, expected one of {', '.join(TYPES)}")
 
     def read(name: str) -> Array:
-        entry = header[name]
-        begin, end = entry["data_offsets"]
-        return _numbers(data[8 + size + begin : 8 + size + end], dtypes[name], entry["shape"])
+        tensor = stored[name]
+        return _numbers(tensor.bytes(), tensor.dtype, tensor.shape)
 
     notes = _manifest_beside(path.with_suffix(".json"))
-    shapes = {name: header[name]["shape"] for name in dtypes}
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     return _described(Dump(path, dtypes, read, notes), shapes)
 
 
 def _open_npz(path: Path) -> Dump:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: _checked(name, file[name]) for name in file.files}
-    return _of_arrays(path, arrays, None)
+    members = npz_members(path)
+    dtypes = {name: _type(name, member.dtype) for name, member in members.items()}
+
+    return Dump(path, dtypes, lambda name: read_member(path, name), None)
 
 
 def _open_folder(path: Path) -> Dump:
     files = {file.stem: file for file in sorted(path.glob("*.npy"))}
     if not files:
         raise NpvlmError(f"{path} holds no .npy file, expected one for each stage.")
-    arrays = {}
+    refuse_links_out(path)
+    arrays, dtypes = {}, {}
     for name, file in files.items():
         try:
-            loaded = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # a damaged header makes its reader raise nearly anything
             raise NpvlmError(
                 f"{file} cannot be read as .npy: its header is not as NumPy writes it, or the "
                 "numbers are cut off; write it anew."
             ) from error
         with _readable(file):
-            arrays[name] = _checked(name, loaded)
-    return _of_arrays(path, arrays, _manifest_beside(path / MANIFEST))
+            dtypes[name] = _type(name, arrays[name].dtype)
+    notes = _manifest_beside(path / MANIFEST)
+    dump = Dump(path, dtypes, lambda name: np.asarray(arrays[name]), notes)
+    return _described(dump, {name: value.shape for name, value in arrays.items()})
 
 
 def _open_raw(path: Path) -> Dump:
@@ -329,23 +336,21 @@ def _entries(beside: Path, notes: Mapping[str, Any]) -> dict[str, dict[str, Any]
             raise NpvlmError(
                 f"{said} has offset {given.get('offset')!r}, expected the byte at which it begins."
             )
+        if name in entries:
+            raise NpvlmError(f"{said} is there twice, expected each stage once.")
         entries[name] = given
     return entries
 
 
-def _of_arrays(path: Path, arrays: dict[str, Array], notes: dict[str, Any] | None) -> Dump:
-    dtypes = {name: NAMES[value.dtype.newbyteorder("<")] for name, value in arrays.items()}
-    dump = Dump(path, dtypes, lambda name: np.asarray(arrays[name]), notes)
-    return _described(dump, {name: value.shape for name, value in arrays.items()})
+def _type(name: str, dtype: np.dtype[Any]) -> str:
+    """What safetensors calls the type of an array of numbers."""
+    kind = NAMES.get(dtype.newbyteorder("<"))
+    if kind is None:
+        raise ValueError(f"{name} is {dtype}, expected numbers")
+    return kind
 
 
-def _checked(name: str, value: Array) -> Array:
-    if value.dtype.newbyteorder("<") not in NAMES:
-        raise ValueError(f"{name} is {value.dtype}, expected numbers")
-    return value
-
-
-def _numbers(data: Array, kind: str, shape: list[int]) -> Array:
+def _numbers(data: Array, kind: str, shape: Sequence[int]) -> Array:
     """Bytes as numbers; bfloat16, which NumPy has not, as float32."""
     values = np.ndarray(tuple(shape), np.dtype(TYPES[kind]), data.tobytes())
     if kind == "BF16":
@@ -369,8 +374,8 @@ def _manifest_beside(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        notes = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        notes = parse_json(read_small(path, LARGEST_JSON))
+    except (NpvlmError, ValueError, RecursionError):
         return None
     if not isinstance(notes, dict) or notes.get("schema") != SCHEMA or "config" not in notes:
         return None
@@ -392,12 +397,18 @@ def _check_manifest(path: Path, notes: Mapping[str, Any]) -> None:
     ):
         if not isinstance(notes.get(key), kind):
             refuse(f"{key} is {notes.get(key)!r:.60}", expected)
+    if not isinstance(notes.get("image") or {}, dict):
+        refuse(f"image is {notes['image']!r:.60}", "what is said of the picture")
     if not all(type(number) is int for number in (*notes["ids"], *notes["answer"])):
         refuse("ids and answer hold something else", "whole numbers")
+    seen: set[str] = set()
     for number, entry in enumerate(notes["stages"]):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             refuse(f"stage {number} has no name", "one")
         name, shape = entry["name"], entry.get("shape")
+        if name in seen:
+            refuse(f"{name!r:.60} is there twice", "each stage once")
+        seen.add(name)
         if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
             refuse(f"{name} has shape {shape!r:.60}", "a list of whole numbers")
         if not _is_size(entry.get("rms")):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from npvlm.config import Config
+from npvlm.errors import NpvlmError
 from npvlm.model import ops
 from npvlm.model.weights import Array
 from npvlm.porting.stages import TOWER
@@ -79,7 +80,13 @@ def layouts(
     Layout, whose value has the given shape.
     """
     found = _conventional(value, stage, shape, config, part)
-    first = next(found, None)
+    try:
+        first = next(found, None)
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise NpvlmError(
+            f"the reference says that {stage} is {list(shape)[:9]}, expected sides of a model with "
+            "its config; write the trace anew."
+        ) from error
     if first is None:
         return
     yield first

@@ -14,9 +14,10 @@ from typing import Any
 
 from npvlm.config import PACKED, Values, parse_config, read_json
 from npvlm.errors import NpvlmError, UsageError
+from npvlm.files.memory import available_memory
 from npvlm.kernels.bandwidth import threads
 from npvlm.work.limits import Limits, measure_limits
-from npvlm.work.memory import Memory, PeakMemory, available_memory, larger, memory_now
+from npvlm.work.memory import Memory, PeakMemory, larger, memory_now
 from npvlm.work.peers.process import Round
 from npvlm.work.peers.start import Peer
 from npvlm.work.rounds import open_model, random_inputs, run_round

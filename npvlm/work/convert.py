@@ -63,9 +63,9 @@ def convert(source: str | Path, destination: Path, precision: str, progress: Pro
     total = sum(tensor.bytes for tensors in layout.values() for tensor in tensors.values())
 
     with new_folder(destination) as draft:
-        _check_space(draft, total + sum(map(len, copied.values())))
-        for file_name, content in copied.items():
-            (draft / file_name).write_bytes(content)
+        _check_space(draft, total + sum(file.stat().st_size for file in copied))
+        for file in copied:
+            (draft / file.name).write_bytes(_content(file))
         values = _config(read_json(folder / "config.json"), precision)
         _write_json(draft / "config.json", values)
 
@@ -141,7 +141,7 @@ def _retyped(values: Values, precision: str) -> dict[str, Any]:
     }
 
 
-def _small_files(folder: Path) -> dict[str, bytes]:
+def _small_files(folder: Path) -> list[Path]:
     """Vocabulary, settings, licence, mask decoder: what goes with the weights as it is."""
     found = {}
     for file in sorted(folder.iterdir()):
@@ -150,17 +150,17 @@ def _small_files(folder: Path) -> dict[str, bytes]:
         if weights or written or file.name.startswith(".") or not file.is_file():
             continue
         if file.stat().st_size <= LARGEST_COPIED:
-            found[file.name] = _content(file)
-    return found | _mask_decoder(folder)
+            found[file.name] = file
+    return [*(found | _mask_decoder(folder)).values()]
 
 
-def _mask_decoder(folder: Path) -> dict[str, bytes]:
+def _mask_decoder(folder: Path) -> dict[str, Path]:
     """The file that the source paints masks with, from its folder or beside it, if any."""
     try:
         file = find_mask_decoder(folder)
     except NpvlmError:
         return {}
-    return {file.name: _content(file)} if file.stat().st_size <= LARGEST_COPIED else {}
+    return {file.name: file} if file.stat().st_size <= LARGEST_COPIED else {}
 
 
 def _content(file: Path) -> bytes:

@@ -9,7 +9,9 @@ import numpy as np
 
 from npvlm.api import Model, find_folder, load
 from npvlm.errors import NpvlmError
+from npvlm.files.memory import available_memory
 from npvlm.files.names import EMBED_TOKENS
+from npvlm.files.needs import weight_bytes, working_bytes
 from npvlm.work.checks.bundled import NAME, check_definitions, check_files, check_goldens
 from npvlm.work.checks.finding import NOTE, OK, WRONG, Check, Finding, run_check
 from npvlm.work.checks.machine import machine_checks
@@ -19,8 +21,6 @@ from npvlm.work.checks.twins import check_kernels
 from npvlm.work.checks.words import check_words
 from npvlm.work.demo import draw_picture
 from npvlm.work.kinds import published_name, raw_values
-from npvlm.work.memory import available_memory
-from npvlm.work.needs import weight_bytes, working_bytes
 
 STEPS = 12  # tokens of the bundled model's answers
 FEW = 4  # of any other's, which may be large

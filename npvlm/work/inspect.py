@@ -24,12 +24,12 @@ from npvlm.files.checkpoint import (
     read_header,
 )
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
+from npvlm.files.memory import available_memory
 from npvlm.files.names import EMBED_TOKENS, LM_HEAD, expected_shapes, spelling
+from npvlm.files.needs import weight_bytes, working_bytes
 from npvlm.files.pictures import read_preprocessor
 from npvlm.files.tokenizer import IMAGE, load_tokenizer, piece_ids
 from npvlm.work.kinds import Kind, likely_kind, raw_values
-from npvlm.work.memory import available_memory
-from npvlm.work.needs import weight_bytes, working_bytes
 
 # Text type, width, layers, inner width, query heads, key/value heads, width of a head.
 _SIZES = {

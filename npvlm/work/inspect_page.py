@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
+from npvlm.errors import shown
 from npvlm.files.checkpoint import grouped
 from npvlm.work.inspect import File, Inspection, Need, Parameters, Sizes, Vocabulary
 
@@ -14,7 +15,7 @@ _WHOLE = ("model", "folder", "load")  # lines to copy from, which are left as lo
 
 def page(found: Inspection) -> str:
     """Everything that was found out about a model's folder, for reading."""
-    lines = [line for label, text in _facts(found) for line in _wrapped(label, text)]
+    lines = [line for label, text in _facts(found) for line in _wrapped(label, shown(text))]
     return "\n".join(lines)
 
 

@@ -6,6 +6,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+from npvlm.files.memory import proc_bytes
+
+_STATUS = Path("/proc/self/status")
 INTERVAL = 0.02  # seconds between two looks
 
 
@@ -19,7 +22,7 @@ class Memory:
 
 def memory_now() -> Memory | None:
     """What the process holds at this moment; None where the system does not say."""
-    held = _bytes_of(Path("/proc/self/status"))
+    held = proc_bytes(_STATUS)
     if "RssAnon" not in held or "VmRSS" not in held:
         return None
     return Memory(held["RssAnon"], held["VmRSS"])
@@ -27,12 +30,7 @@ def memory_now() -> Memory | None:
 
 def peak_memory() -> int | None:
     """The most bytes that were resident so far, mapped files with them."""
-    return _bytes_of(Path("/proc/self/status")).get("VmHWM")
-
-
-def available_memory() -> int | None:
-    """Bytes that can be used without swapping; None where the system does not say."""
-    return _bytes_of(Path("/proc/meminfo")).get("MemAvailable")
+    return proc_bytes(_STATUS).get("VmHWM")
 
 
 class PeakMemory:
@@ -70,13 +68,3 @@ def larger(one: Memory | None, other: Memory | None) -> Memory | None:
     if one is None or other is None:
         return one or other
     return Memory(max(one.anonymous, other.anonymous), max(one.resident, other.resident))
-
-
-def _bytes_of(path: Path) -> dict[str, int]:
-    """The lines `Name:   123 kB` of a file of /proc."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return {}
-    words = (line.replace(":", " ").split() for line in lines)
-    return {w[0]: int(w[1]) * 1024 for w in words if len(w) == 3 and w[2] == "kB"}

@@ -13,9 +13,9 @@ from npvlm.api import BUNDLED
 from npvlm.config import PACKED, PRECISIONS, Config, parse_config, read_config
 from npvlm.errors import NpvlmError
 from npvlm.files import hub
+from npvlm.files.memory import available_memory
+from npvlm.files.needs import weight_bytes, working_bytes
 from npvlm.files.published import LICENCE, OWNER, PUBLISHED, STORED, Published, config_values
-from npvlm.work.memory import available_memory
-from npvlm.work.needs import weight_bytes, working_bytes
 
 OWN_LICENCE = "Apache-2.0"
 _OWN_PURPOSES = {"shapes": "a toy in the box: drawn circles, squares, triangles, stars, numbers"}

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from npvlm.files.memory import available_memory
 from npvlm.kernels import compiling
 from npvlm.kernels.bandwidth import threads
 from npvlm.kernels.tiles import BFLOAT16, BYTE_PRODUCTS
 from npvlm.kernels.vectors import features
 from npvlm.work.bench import machine
 from npvlm.work.checks.finding import NOTE, OK, Check, Finding
-from npvlm.work.memory import available_memory
 
 LIBRARIES = ("numpy", "numba", "llvmlite", "pillow", "safetensors", "sentencepiece", "click")
 PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest that npvlm is tested with
