@@ -6,7 +6,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import io
 import math
 import operator
 import threading
@@ -785,8 +784,9 @@ class Model:
         check_picture(picture)
         if isinstance(picture, Seen):
             return picture
-        rgb = open_picture(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
-        kept = picture if isinstance(picture, (str, Path)) else rgb  # a stream is read only once
+        rgb = open_picture(picture)
+        # The rest may change, or can be read only once.
+        kept = picture if isinstance(picture, (str, Path, bytes)) else rgb
         pixels = pixel_values(rgb, self.preprocessor)
         return Seen(name_of(picture), kept, rgb.width, rgb.height, pixels)
 

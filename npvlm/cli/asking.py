@@ -84,8 +84,9 @@ def _list(names: Sequence[str]) -> list[Path]:
 def _stdin() -> BinaryIO:
     """The picture on stdin, all of it, under the name `-`."""
     from npvlm.errors import NpvlmError
+    from npvlm.files.pictures import read_bounded
 
-    content = sys.stdin.buffer.read()
+    content = read_bounded(sys.stdin.buffer, "stdin")
     if not content:
         raise NpvlmError("stdin is empty, expected a picture.")
     picture = io.BytesIO(content)
