@@ -349,8 +349,8 @@ def _check_size(picture: Image.Image, said: str) -> None:
 
 def _from_array(values: NDArray[np.uint8]) -> Image.Image:
     """Take an array as a picture, if it is one."""
-    colours = values.shape[2:]
-    if values.dtype != np.uint8 or not values.size or colours not in ((), (3,), (4,)):
+    shaped = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
+    if values.dtype != np.uint8 or not values.size or not shaped:
         raise UsageError(
             f"the array is {values.dtype} {list(values.shape)}, expected uint8 of height x width, "
             "perhaps x 3 or x 4 colours"
