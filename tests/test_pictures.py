@@ -380,6 +380,21 @@ def test_a_header_that_never_ends_is_given_up(
     refusal(content)
 
 
+def test_a_picture_that_is_read_pixel_by_pixel_is_read_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pictures, "_STEPS", 1000)
+    side, colours = 100, noise(100, 100, 1)
+    runs = b"".join(b"".join(b"\1" + bytes([c]) for c in row) + b"\0\0" for row in colours[::-1])
+    sizes = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    palette = b"".join(bytes([i, i, i, 0]) for i in range(256))
+    start = 14 + len(sizes) + len(palette)
+    head = b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start)
+    assert np.array_equal(
+        np.asarray(open_picture(head + sizes + palette + runs + b"\0\1"))[..., 0], colours
+    )
+
+
 def test_a_jpeg_of_endless_scans_is_given_up() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (640, 480)).save(stream, "JPEG", progressive=True)

@@ -27,7 +27,7 @@ Picture = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 # What is opened: Pillow decodes each of these itself. Its reader of EPS runs another program.
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX"),
-    *("PNG", "PPM", "PSD", "QOI", "SGI", "TGA", "TIFF", "WEBP"),
+    *("PNG", "PPM", "PSD", "SGI", "TGA", "TIFF", "WEBP"),
 )
 MOST_BYTES = 2**29  # of a file: more than any picture of that many pixels needs
 MOST_PIXELS, MOST_SIDE = 2**27, 2**20
@@ -319,6 +319,7 @@ def _unpacked(content: _Content, said: str, draft: int | None) -> tuple[Image.Im
         if draft is not None:
             picture.draft("RGB", (draft, draft))
         content.is_jpeg = picture.format in ("JPEG", "MPO")
+        content.steps -= 2 * picture.width * picture.height  # some are read pixel by pixel
         picture.load()
         _check_size(picture, said)  # some readers find out only now
         return _decoded(picture, said)
