@@ -6,7 +6,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import io
 import math
 import operator
 import threading
@@ -72,6 +71,8 @@ from npvlm.model.ops import Index
 from npvlm.model.tap import Tap, closed
 from npvlm.model.weights import PACKERS, Array, Packer, Weights
 from npvlm.packs import Prepared, Started, UntilError, packs_of, read_ahead
+
+MOST_BEAMS = 100  # each has keys and values of its own, and a row of scores
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -415,7 +416,7 @@ class Model:
         _check_bins(bins)
         if max_tokens is not None:
             check_whole("max_tokens", max_tokens, 1)
-            self._layout("", 1, max_tokens)  # more than fits behind any prompt
+            self.ids_of("", 1, max_tokens)  # more than fits behind any prompt
         return self._batch(pairs_of(images, prompts), max_tokens, bins)
 
     def _batch(
@@ -425,7 +426,7 @@ class Model:
 
         def prepare(image: Shown, prompt: str) -> Prepared:
             try:
-                self._layout(prompt, 1, _limit(max_tokens, prompt))
+                self.ids_of(prompt, 1, _limit(max_tokens, prompt))
                 if tasks.task_of(prompt) in ("detect", "segment"):
                     tasks.labels_of(prompt)  # that there is none is found before the work
                 return self.prepare(image), prompt
@@ -509,7 +510,7 @@ class Model:
         """
         answer = self._known_ids(answer_ids)
         pictures = as_list(images)
-        ids = self._layout(prompt, len(pictures), len(answer))
+        ids = self.ids_of(prompt, len(pictures), len(answer))
         tokens = len(ids) + len(answer)
         self._check_memory(tokens, tokens, len(pictures), scored=tokens)
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
@@ -564,7 +565,7 @@ class Model:
             raise UsageError("an answer holds <image>, expected text alone.")
         ids = [np.array([*self.tokenizer.encode(text), self.tokenizer.eos_id]) for text in texts]
         pictures = as_list(images)
-        prefix = self._layout(prompt, len(pictures), max(map(len, ids)))
+        prefix = self.ids_of(prompt, len(pictures), max(map(len, ids)))
         self._check_memory(len(prefix), len(prefix) + sum(map(len, ids)), len(pictures))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         with _COMPUTING:
@@ -616,7 +617,7 @@ class Model:
             check_text("answer", answer)
         shown = self.prepare(image)
         ids = self._explained_ids(shown, prompt, answer, _limit(max_tokens, prompt))
-        prefix, pixels = self._layout(prompt, 1, len(ids)), shown.pixels
+        prefix, pixels = self.ids_of(prompt, 1, len(ids)), shown.pixels
         places = locations(self.tokenizer)
 
         def read(pixels: Array, tap: Tap = closed) -> NDArray[np.float64]:
@@ -654,7 +655,7 @@ class Model:
         if answer is not None:
             ids = self.tokenizer.encode(answer)
             if self.tokenizer.image_id in ids or not answer.strip():
-                raise UsageError(f"answer is {answer!r}, expected words without <image>.")
+                raise UsageError(f"answer is {answer[:60]!r}, expected words without <image>.")
             return ids
         own = self.generate(picture, prompt, max_tokens=max_tokens)[0]
         ids = own.token_ids[:-1] if own.stop == "eos" else own.token_ids
@@ -684,6 +685,8 @@ class Model:
         for limit in limits:
             check_whole("max_tokens", limit, 1)
         check_whole("beams", beams, 1)
+        if beams > MOST_BEAMS:
+            raise UsageError(f"beams is {beams}, expected at most {MOST_BEAMS}.")
         if seed is not None:
             check_whole("seed", seed, 0)
         if beams > 1 and not sampling.greedy:
@@ -717,7 +720,7 @@ class Model:
                 image=names_of(entry, pictures),
                 pictures=pictures,
                 prompt=prompt,
-                ids=self._layout(prompt, len(pictures), limit),
+                ids=self.ids_of(prompt, len(pictures), limit),
                 max_tokens=limit,
                 chooser=PlaceWatch(Chooser(sampling, seed, ops=self.ops), self.tokenizer),
                 text=TextStream(self.tokenizer),
@@ -815,8 +818,9 @@ class Model:
         check_picture(picture)
         if isinstance(picture, Seen):
             return picture
-        rgb = open_picture(io.BytesIO(picture) if isinstance(picture, bytes) else picture)
-        kept = picture if isinstance(picture, (str, Path)) else rgb  # a stream is read only once
+        rgb = open_picture(picture)
+        # The rest may change, or can be read only once.
+        kept = picture if isinstance(picture, (str, Path, bytes)) else rgb
         pixels = pixel_values(rgb, self.preprocessor)
         return Seen(name_of(picture), kept, rgb.width, rgb.height, pixels)
 
@@ -830,8 +834,16 @@ class Model:
         seen = self.prepare(picture)
         return replace(seen, features=self._features([seen])[0])
 
-    def _layout(self, prompt: str, pictures: int, answer: int) -> Index:
-        """The ids of one sequence; a typed `<image>` is dropped, the pictures come first anyway."""
+    def ids_of(self, prompt: str, pictures: int, answer: int) -> Index:
+        """The ids of one sequence, if they fit with an answer of so many tokens.
+
+        A typed `<image>` is dropped: the pictures come first anyway.
+
+        Raises
+        ------
+        UsageError
+            For no text, no picture, or more than max_position_embeddings of config.json.
+        """
         check_text("prompt", prompt)
         if pictures == 0:
             raise UsageError("PaliGemma needs a picture for every prompt; none was given.")

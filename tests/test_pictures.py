@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -13,16 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import BmpImagePlugin, Image
 
 from npvlm.config import parse_config
-from npvlm.errors import NpvlmError
+from npvlm.errors import NpvlmError, UsageError
+from npvlm.files import pictures
 from npvlm.files.pictures import (
     Preprocessor,
     open_picture,
     pixel_values,
     read_preprocessor,
 )
+from npvlm.files.thumbnails import thumbnail
 from tests.published import paligemma
 
 HALF = (0.5, 0.5, 0.5)
@@ -199,7 +202,7 @@ def test_what_is_no_picture_is_refused_by_the_name_it_was_given(
     Path("text.jpg").write_text("a picture\n" * 9)
     Path("folder").mkdir()
     assert refusal("empty.png") == "empty.png is empty, expected a picture"
-    assert refusal("text.jpg").startswith("text.jpg is no picture that Pillow can read")
+    assert refusal("text.jpg").startswith("text.jpg is no picture of a kind that npvlm reads")
     assert refusal("folder") == "folder is a folder, expected a picture"
     assert refusal(Path("nowhere.png")).startswith("nowhere.png cannot be opened: No such file")
     assert "cannot be opened" in refusal("a\0b.png")
@@ -227,7 +230,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, kind: str, share: float) ->
 
 def test_an_absurdly_large_picture_is_refused_before_it_is_unpacked() -> None:
     said = refusal(io.BytesIO(png(40_000, 40_000, 8, 0, b"")))
-    assert "has more than 178 million pixels, expected a picture" in said
+    assert "has more than 134 million pixels, expected a picture" in said
 
 
 def test_a_large_photograph_is_read_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,6 +263,268 @@ def test_damaged_files_never_raise_anything_else() -> None:
                 assert open_picture(io.BytesIO(bytes(content))).mode == "RGB"
             except NpvlmError as error:
                 assert "\n" not in str(error)
+
+
+def chunked(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of four black pixels with more chunks in front of them."""
+    plain = png(2, 2, 8, 0, bytes(6))
+    more = [
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    ]
+    return plain[:33] + b"".join(more) + plain[33:]
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def test_no_picture_runs_another_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow hands an EPS to ghostscript; every way to one is closed."""
+
+    def run(*command: Any, **options: Any) -> None:
+        raise AssertionError(f"{command} was run")
+
+    for name in ("run", "call", "check_call", "check_output", "Popen"):
+        monkeypatch.setattr(f"subprocess.{name}", run)
+    path = tmp_path / "page.png"
+    path.write_bytes(EPS)
+    assert "is no picture of a kind that npvlm reads" in refusal(path)
+    assert "is no picture of a kind that npvlm reads" in refusal(EPS)
+    assert "is an EPS, which is a program" in refusal(Image.open(io.BytesIO(EPS)))
+    with pytest.raises(NpvlmError, match="of a kind that npvlm reads"):
+        thumbnail(path, 320)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>',
+        b"%PDF-1.4\n",
+        b"\xd7\xcd\xc6\x9a\0\0" + bytes(99),  # WMF
+        b"SIMPLE  =                    T".ljust(2880),  # FITS
+        bytes(5000),
+        b"\xff" * 5000,
+    ],
+)
+def test_what_is_no_picture_of_a_known_kind_is_refused(content: bytes) -> None:
+    refusal(content)
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(2**31 - 1, 2**31 - 1), (40_000, 4_000), (2**20 + 1, 1), (1, 2**20 + 1)],
+)
+def test_a_picture_too_large_is_refused_before_it_is_unpacked(width: int, height: int) -> None:
+    said = refusal(png(width, height, 8, 0, b""))
+    assert "134 million" in said and "make it smaller" in said
+
+
+def test_readers_that_need_more_memory_get_smaller_pictures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 2 * 10**6)
+    picture = Image.new("L", (1200, 1200))
+    assert reopened(picture, "PNG").shape == (1200, 1200, 3)
+    stream = io.BytesIO()
+    picture.save(stream, "WEBP", method=0)
+    assert "1200 x 1200 pixels, expected at most 1 million" in refusal(stream)
+
+
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
+def test_the_thinnest_pictures_are_read(size: tuple[int, int]) -> None:
+    rgb = open_picture(png(*size, 8, 2, bytes((1 + 3 * size[0]) * size[1])))
+    assert rgb.size == size
+    assert pixel_values(rgb, preprocessor(56)).shape == (3, 56, 56)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "I;16"])
+def test_conversion_by_tiles_is_conversion_at_once(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mode == "I;16":
+        values = np.random.default_rng(1).integers(0, 65536, (37, 53), np.uint16)
+        picture = Image.fromarray(values)
+    else:
+        picture = Image.fromarray(noise(53, 37, 4)).convert(mode)
+    whole = np.asarray(open_picture(picture))
+    monkeypatch.setattr(pictures, "_TILE", 10)
+    assert np.array_equal(np.asarray(open_picture(picture)), whole)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**23)))],
+        [(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(2**23)))],
+        [(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**23)))],
+        [(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**20)))] * 80,
+    ],
+    ids=["zTXt", "iTXt", "iCCP", "many"],
+)
+def test_text_that_unpacks_to_very_much_is_refused(chunks: list[tuple[bytes, bytes]]) -> None:
+    assert re.search("[Tt]oo (large|much)", refusal(chunked(*chunks)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"P6" + b" " * 2000, b"\xff\xd8" + b"\xff\xe0\0\2" * 2000, chunked(*[(b"abCd", b"")] * 2000)],
+    ids=["PPM", "JPEG", "PNG"],
+)
+def test_a_header_that_never_ends_is_given_up(
+    content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "_STEPS", 1000)
+    refusal(content)
+
+
+def test_a_picture_that_is_read_pixel_by_pixel_is_read_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pictures, "_STEPS", 1000)
+    side, colours = 100, noise(100, 100, 1)
+    runs = b"".join(b"".join(b"\1" + bytes([c]) for c in row) + b"\0\0" for row in colours[::-1])
+    sizes = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(runs), 0, 0, 256, 0)
+    palette = b"".join(bytes([i, i, i, 0]) for i in range(256))
+    start = 14 + len(sizes) + len(palette)
+    head = b"BM" + struct.pack("<IHHI", start + len(runs), 0, 0, start)
+    assert np.array_equal(
+        np.asarray(open_picture(head + sizes + palette + runs + b"\0\1"))[..., 0], colours
+    )
+
+
+def test_a_jpeg_of_endless_scans_is_given_up() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (640, 480)).save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    assert open_picture(content[:-2] + last * 100 + content[-2:]).size == (640, 480)
+    assert "more steps" in refusal(content[:-2] + last * 4000 + content[-2:])
+
+
+def test_a_file_or_a_stream_without_end_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No reader is let loose on it: some of them take all of a file into memory at once."""
+    (tmp_path / "sparse.webp").write_bytes(b"RIFF\xff\xff\xff\x7fWEBPVP8L")
+    os.truncate(tmp_path / "sparse.webp", 2**40)
+
+    class Endless(io.RawIOBase):
+        def read(self, size: int = -1) -> bytes:
+            assert size >= 0, "all of it is asked for"
+            return bytes(size)
+
+    monkeypatch.setattr(pictures, "MOST_BYTES", 2**22)
+    for source in (tmp_path / "sparse.webp", Endless()):
+        assert "has more than 4 million bytes" in refusal(source)
+
+
+def test_a_file_that_shrinks_while_it_is_read_kills_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file mapped to memory would end the process with SIGBUS."""
+    path, load = tmp_path / "grey.bmp", BmpImagePlugin.BmpImageFile.load
+    Image.fromarray(noise(300, 300, 1)).save(path)
+
+    def shrink(picture: Image.Image) -> Any:
+        loaded = load(picture)
+        os.truncate(path, 60)
+        return loaded
+
+    monkeypatch.setattr(BmpImagePlugin.BmpImageFile, "load", shrink)
+    assert np.array_equal(np.asarray(open_picture(path))[..., 0], noise(300, 300, 1))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_that_takes_a_files_place_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    monkeypatch.setattr(pictures, "_check_file", lambda path, said: None)
+    assert "is empty" in refusal(tmp_path / "pipe.png")
+
+
+def entry(kind: int, count: int, value: bytes) -> bytes:
+    return b"MM\0*\0\0\0\x08\0\x01\x01\x12" + struct.pack(">HI", kind, count) + value + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        entry(3, 1, b"\0\x09\0\0"),  # no such way to hold a camera
+        entry(3, 1, b"\0\0\0\0"),
+        entry(3, 2, b"\0\x06\0\x06"),
+        entry(2, 2, b"6\0\0\0"),
+        entry(5, 1, b"\0\0\0\x1a") + b"\0\0\0\x06\0\0\0\0",  # 6 / 0
+        entry(11, 1, b"\x7f\xc0\0\0"),  # NaN
+        entry(13, 1, b"\0\0\0\x08"),
+        b"MM\0*\xff\xff\xff\xf0\0\x01",
+        b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0" + b"\xff" * 8,
+        b"MM\0*\0\0\0\x08\xff\xff" + bytes(99),
+        bytes(range(256)),
+        b"",
+    ],
+)
+def test_no_note_about_the_camera_keeps_a_picture_from_being_read(exif: bytes) -> None:
+    assert open_picture(chunked((b"eXIf", exif))).size == (2, 2)
+
+
+def test_what_stands_behind_the_orientation_does_not_undo_it() -> None:
+    exif = b"MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\x88\x25\0\x02\0\0\0\x04abcd"
+    stream = io.BytesIO()
+    Image.new("RGB", (48, 32)).save(stream, "JPEG", exif=b"Exif\0\0" + exif + bytes(4))
+    assert open_picture(stream).size == (32, 48)
+
+
+def test_pictures_that_python_cannot_read_any_more_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(noise(200, 200, 3)).save(path)
+    closed = Image.open(path)
+    closed.close()
+    with Image.open(path) as late:
+        os.truncate(path, 500)
+        for picture in (closed, late, Image.new("RGB", (0, 5)), Image.new("L", (5, 0))):
+            refusal(picture)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.full((4, 4), np.nan),
+        np.full((4, 4, 3), -1, np.int8),
+        np.zeros((4, 4, 3), np.int64),
+        np.zeros((4, 4), bool),
+        np.zeros((4, 4, 3), object),
+        np.zeros((4, 4), "U3"),
+        np.zeros((3, 4, 5), np.uint8),
+        np.zeros((4, 4, 2), np.uint8),
+        np.zeros((4, 4, 1), np.uint8),
+        np.zeros((1, 4, 4, 3), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros(4, np.uint8),
+        np.zeros((), np.uint8),
+    ],
+    ids=lambda values: f"{values.dtype}{list(values.shape)}",
+)
+def test_arrays_of_other_shapes_or_types_are_refused(values: Any) -> None:
+    with pytest.raises(UsageError, match="expected uint8 of height x width"):
+        open_picture(values)
+
+
+def test_arrays_may_be_views() -> None:
+    colours = noise(20, 12, 3)
+    for view in (colours[::-2, 3::2], colours[..., ::-1], np.asfortranarray(colours)):
+        assert np.array_equal(np.asarray(open_picture(view)), view)
+    read_only = colours.copy()
+    read_only.flags.writeable = False
+    assert np.array_equal(np.asarray(open_picture(read_only)), colours)
+
+
+def test_long_names_are_cut_short() -> None:
+    assert len(refusal("x/" * 2000)) < 1200
 
 
 @pytest.mark.parametrize("size", [(1, 1), (224, 224), (500, 3), (3, 500), (640, 480)])

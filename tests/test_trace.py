@@ -241,7 +241,7 @@ def _damaged(folder: Path) -> dict[str, str]:
     (folder / "empty").mkdir()
     (folder / "a.txt").write_text("")
     return {
-        "cut.safetensors": "cannot be read",
+        "cut.safetensors": "no whole safetensors file",
         "text.npz": "cannot be read",
         "pickled.npz": "cannot be read",
         "lone.bin": "has no lone.json",

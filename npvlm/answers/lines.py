@@ -1,9 +1,13 @@
-"""Results as JSON, one line each."""
+"""Results as JSON, one line each; and text that cannot drive the terminal it is shown on."""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+# What moves the cursor, ends a line, or turns the direction of the text around it.
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def json_line(values: dict[str, Any]) -> str:
@@ -12,4 +16,10 @@ def json_line(values: dict[str, Any]) -> str:
     Every number reads back the same.
     """
     text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    text = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return text.encode("utf-8", "backslashreplace").decode()  # as JSON escapes such bytes
+
+
+def harmless(text: str) -> str:
+    r"""A text with its control characters spelled out, as \x1b, but for tabs and line ends."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -84,8 +84,9 @@ def _list(names: Sequence[str]) -> list[Path]:
 def _stdin() -> BinaryIO:
     """The picture on stdin, all of it, under the name `-`."""
     from npvlm.errors import NpvlmError
+    from npvlm.files.pictures import read_bounded
 
-    content = sys.stdin.buffer.read()
+    content = read_bounded(sys.stdin.buffer, "stdin")
     if not content:
         raise NpvlmError("stdin is empty, expected a picture.")
     picture = io.BytesIO(content)
@@ -133,6 +134,8 @@ def answer_all(
     """
     from npvlm.api import Failed
 
+    if not quiet:
+        note_image_marks(model, prompt)
     tail, failed = Tail(), 0
     for result in model.batch(pictures, prompt, max_tokens=max_tokens, bins=bins):
         if isinstance(result, Failed):
@@ -158,6 +161,8 @@ def stream(
     from npvlm.api import Piece
     from npvlm.decoding.sampling import Sampling
 
+    if not quiet:
+        note_image_marks(model, prompt)
     limit = max_tokens or usual(prompt)
     tail = Tail()
     for event in model.events(picture, prompt, Sampling(), max_tokens=limit):
@@ -170,6 +175,13 @@ def stream(
                 note_cut_off(event)
     if not quiet:
         tail.print()
+
+
+def note_image_marks(model: Model, prompt: str) -> None:
+    """Say that a typed `<image>` is not part of what is asked."""
+    if removed := model.tokenizer.strip_image_marks(prompt)[1]:
+        note = f"{removed} <image> removed from the prompt; pictures go first anyway."
+        click.echo(f"npvlm: {note}", err=True)
 
 
 def note_cut_off(result: Answer | Detection) -> None:

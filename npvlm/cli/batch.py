@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npvlm.cli.asking import max_tokens_option
+from npvlm.cli.asking import max_tokens_option, note_image_marks
 from npvlm.cli.interruption import Terminated
 from npvlm.cli.options import (
     model_option,
@@ -118,6 +118,8 @@ def batch(
     check_places(output, html, inputs, everything)
     items = part(everything, *shard)
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
+    if not quiet:
+        note_image_marks(opened, " ".join(dict.fromkeys(item.prompt or "" for item in items)))
     line, last = ProgressLine("pictures", quiet), None
     errors = Errors(output, line)
 

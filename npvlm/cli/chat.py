@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npvlm.cli.asking import STDIN, Tail, box_columns, max_tokens_option, one_picture
+from npvlm.cli.asking import (
+    STDIN,
+    Tail,
+    box_columns,
+    max_tokens_option,
+    note_image_marks,
+    one_picture,
+)
 from npvlm.cli.lines import line as columns
 from npvlm.cli.options import (
     model_option,
@@ -64,6 +71,8 @@ def chat(
         click.echo(f"{HINT}\n{ALONE}" if typed else ALONE, err=True)
     for line in _lines():
         prompt = line if task_of(line) in TASKS else f"answer en {line}"
+        if not quiet:
+            note_image_marks(opened, prompt)
         tail, finds = Tail(), task_of(prompt) in ("detect", "segment")
         try:
             limit = max_tokens or usual(prompt)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from npvlm.cli.asking import max_tokens_option, one_picture, paths_of
+from npvlm.cli.asking import max_tokens_option, note_image_marks, one_picture, paths_of
 from npvlm.cli.options import (
     model_option,
     named_model,
@@ -86,6 +86,8 @@ def explain(
             click.echo(f"npvlm: {what}", err=True)
 
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
+    if not quiet:
+        note_image_marks(opened, prompt)
 
     def tell(done: int, of: int) -> None:
         if done % 16 == 0:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npvlm.cli.asking import Tail
+from npvlm.cli.asking import Tail, note_image_marks
 from npvlm.cli.lines import line
 from npvlm.cli.options import (
     Finite,
@@ -153,8 +153,8 @@ def answer(
     """Run the model and print: a stream for one answer, a line for each of several."""
     from npvlm.api import Piece
 
-    if removed := model.tokenizer.strip_image_marks(prompt)[1]:
-        _note(f"{removed} <image> removed from the prompt; pictures go first anyway.", quiet)
+    if not quiet:
+        note_image_marks(model, prompt)
     tail = Tail()
     streaming = len(pictures) == 1 and not as_json
     for event in model.events(

@@ -1,8 +1,19 @@
-"""Text that stays on its line, whatever is in it."""
+"""Text that stays on its line and leaves the terminal alone, whatever is in it."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
+
+from npvlm.answers.lines import harmless
+
+
+class HarmlessOutput(io.TextIOWrapper):
+    """A stream that spells out control characters, which names and answers may hold."""
+
+    def write(self, text: str, /) -> int:
+        super().write(harmless(text))
+        return len(text)
 
 
 def line(values: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import click
 
@@ -25,6 +25,7 @@ from npvlm.cli.generate import generate
 from npvlm.cli.inspect import inspect
 from npvlm.cli.interruption import Terminated, listen
 from npvlm.cli.kit import kit
+from npvlm.cli.lines import HarmlessOutput
 from npvlm.cli.models import models
 from npvlm.cli.replay import replay
 from npvlm.cli.score import score
@@ -58,7 +59,10 @@ class Commands(click.Group):
 
 
 @click.group(
-    cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]}
+    cls=Commands,
+    epilog=EXIT_CODES,
+    # Where there is no terminal, click would take out what looks like a colour: data, here.
+    context_settings={"help_option_names": ["-h", "--help"], "color": True},
 )
 @click.version_option(__version__, prog_name="npvlm")
 def npvlm() -> None:
@@ -82,11 +86,25 @@ def main() -> NoReturn:
     listen()
     # Numbers that overflow are met where they matter; a warning with a source line helps no one.
     warnings.simplefilter("ignore", RuntimeWarning)
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if stream is not None:  # as it is where the shell closed it
-            # A path or a line need not be UTF-8; its bytes come out as they went in.
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    # A path or a line need not be UTF-8; its bytes come out as they went in.
+    if sys.stdin is not None:  # as it is where the shell closed it
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
+    if sys.stdout is not None:
+        sys.stdout = _harmless(sys.stdout)
+    if sys.stderr is not None:
+        sys.stderr = _harmless(sys.stderr)
     sys.exit(_run())
+
+
+def _harmless(stream: TextIO) -> HarmlessOutput:
+    """The same stream, but what is written to it cannot drive a terminal."""
+    at_once = bool(getattr(stream, "line_buffering", False))
+    return HarmlessOutput(
+        stream.detach(),  # type: ignore[attr-defined]
+        encoding="utf-8",
+        errors="surrogateescape",
+        line_buffering=at_once,
+    )
 
 
 def _run() -> int:
@@ -122,7 +140,7 @@ def _run() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"npvlm: {message}", err=True)
+    click.echo(f"npvlm: {message}", err=True, color=True)
     return code
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 import time
 
-import click
-
 INTERVAL = 0.1  # seconds at least between two looks of the line
 
 
@@ -37,11 +35,16 @@ class ProgressLine:
         """Leave an empty line."""
         if self._width:
             self._write("")
-            click.echo("\r", nl=False, err=True)
+            self._put("\r")
 
     def _write(self, text: str) -> None:
-        click.echo(f"\r{text.ljust(self._width)}", nl=False, err=True)
+        self._put(f"\r{text.ljust(self._width)}")
         self._width = len(text)
+
+    def _put(self, text: str) -> None:
+        """Write to the terminal itself: the stream would spell out what moves the cursor."""
+        sys.stderr.buffer.write(text.encode())
+        sys.stderr.flush()
 
 
 def counted(number: int, thing: str) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from npvlm.cli.asking import one_picture
+from npvlm.cli.asking import note_image_marks, one_picture
 from npvlm.cli.lines import escaped
 from npvlm.cli.options import (
     model_option,
@@ -60,6 +60,8 @@ def score(
     """
     picture = one_picture(image)
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
+    if not quiet:
+        note_image_marks(opened, prompt)
     scores = opened.score(picture, prompt, answers)
     if as_json:
         click.echo(scores.to_json())

@@ -29,6 +29,7 @@ def tokens(prompt: str, model: str | None, images: int, as_json: bool, quiet: bo
     \b
     npvlm tokens "detect cat ; dog" --model paligemma-3b-mix-224
     """
+    from npvlm.answers.lines import json_line
     from npvlm.api import find_folder
     from npvlm.config import read_config
     from npvlm.decoding.prompt import layout
@@ -45,7 +46,7 @@ def tokens(prompt: str, model: str | None, images: int, as_json: bool, quiet: bo
     ids = layout(tokenizer, text, count).tolist()
     if as_json:
         pieces = [tokenizer.piece(token) for token in ids]
-        click.echo(json.dumps({"ids": ids, "pieces": pieces}, ensure_ascii=False))
+        click.echo(json_line({"ids": ids, "pieces": pieces}))
         return
     pictures = "picture" if images == 1 else f"{images} pictures"
     click.echo(f"{f'0-{count - 1}':>9}  {ids[0]:>7}  <image>  ({count} tokens of the {pictures})")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from npvlm.cli.asking import note_image_marks
 from npvlm.cli.options import model_option, open_model, precision_option, threads_option
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def trace(
     if save is not None:
         check_place(save, compact)
     opened = open_model(model or "shapes", precision, ops)
+    note_image_marks(opened, prompt)
     found = run(opened, image, prompt, step=step, only=only)
     if save is not None:
         click.echo("npvlm: four more runs for the noise floors.", err=True)

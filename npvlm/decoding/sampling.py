@@ -5,8 +5,8 @@ Axis letters: V vocabulary.
 
 from __future__ import annotations
 
-import math
 import secrets
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -38,7 +38,7 @@ class Sampling:
         ):
             if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
                 raise UsageError(f"{name} is {value!r}, expected a number.")
-        if t is not None and not (math.isfinite(t) and t >= 0):
+        if t is not None and not 0 <= t <= sys.float_info.max:
             raise UsageError(f"temperature is {t}, expected 0 (greedy) or a finite number above.")
         if k is not None and k < 1:
             raise UsageError(f"top-k is {k}, expected a whole number of at least 1.")

@@ -10,9 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from npvlm.errors import NpvlmError
-
-# Formats that Pillow has a reader for which reads nothing by itself: films, measurements, pages.
-_NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+from npvlm.files.pictures import FORMATS, said_name
 
 
 def list_pictures(names: Sequence[str | Path]) -> list[Path]:
@@ -41,10 +39,9 @@ def list_pictures(names: Sequence[str | Path]) -> list[Path]:
 
 
 def picture_suffixes() -> frozenset[str]:
-    """The ends of the names of pictures that Pillow can read, small letters, with their dot."""
-    known = Image.registered_extensions()  # of what it writes, too
-    readable = Image.OPEN.keys() - _NO_PICTURES
-    return frozenset(suffix for suffix, kind in known.items() if kind in readable)
+    """The ends of the names of pictures that can be read, small letters, with their dot."""
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, kind in known.items() if kind in FORMATS)
 
 
 def _named(name: str) -> list[Path]:
@@ -52,11 +49,12 @@ def _named(name: str) -> list[Path]:
     if name and os.path.lexists(name):
         return _below(Path(name)) if Path(name).is_dir() else [Path(name)]
     if not glob.has_magic(name):
-        raise NpvlmError(f"{name or 'an empty name'} is no file or folder; is the path right?")
+        said = said_name(name) or "an empty name"
+        raise NpvlmError(f"{said} is no file or folder; is the path right?")
     matches = map(Path, glob.iglob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no root)
     files = sorted(match for match in matches if not match.is_dir())
     if not files:
-        raise NpvlmError(f"{name} matches no file; is the pattern right?")
+        raise NpvlmError(f"{said_name(name)} matches no file; is the pattern right?")
     return files
 
 
@@ -65,7 +63,8 @@ def _below(folder: Path) -> list[Path]:
     suffixes = picture_suffixes()
     found = sorted(p for p in _files(folder) if p.suffix.lower() in suffixes or p.is_dir())
     if not found:
-        raise NpvlmError(f"{folder} holds no picture; name its files if they end otherwise.")
+        said = said_name(folder)
+        raise NpvlmError(f"{said} holds no picture; name its files if they end otherwise.")
     return found
 
 

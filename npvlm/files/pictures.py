@@ -5,10 +5,10 @@ Axis letters: R height and width after resizing.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
-import struct
 import threading
 import warnings
 from dataclasses import dataclass
@@ -17,18 +17,41 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from npvlm.config import Config, Fields, read_json
 from npvlm.errors import NpvlmError, UsageError
 
 Picture = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 
+# What is opened: Pillow decodes each of these itself. Its reader of EPS runs another program.
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PCX"),
+    *("PNG", "PPM", "PSD", "SGI", "TGA", "TIFF", "WEBP"),
+)
+MOST_BYTES = 2**29  # of a file: more than any picture of that many pixels needs
+MOST_PIXELS, MOST_SIDE = 2**27, 2**20
+_HUNGRY = ("AVIF", "JPEG2000", "WEBP")  # whose decoders take twice the memory of others
+_STEPS, _SCANS = 10**6, 200  # of reading one file, and of one JPEG: far more than any needs
+_SCAN = b"\xff\xda"
+_LONGEST = 1024  # characters of a name that are said
+_TILE = 2048  # pixels of a side that are converted at once
+
 _OPENING = threading.Lock()  # filters of warnings belong to all threads
 _FILTERS = range(6)  # nearest, Lanczos, bilinear, bicubic, box, Hamming: the same in all releases
-_CLEAR_MODES = ("RGBA", "LA", "PA")
+_CLEAR_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _WHITE = (255, 255, 255, 255)
 _DEEPEST = 65535  # the largest value of 16 bits
+_ORIENTATION = 0x0112  # of the camera, in EXIF
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -43,16 +66,21 @@ class Preprocessor:
     resample: int
 
 
-def open_picture(source: Picture) -> Image.Image:
+def open_picture(source: Picture, draft: int | None = None) -> Image.Image:
     """Read a picture as people see it: upright, on white where it is transparent, 8 bits a colour.
 
-    Of an animation, the first frame.
+    Of an animation or several pages, the first. A file may be hostile: it is read whole, in a
+    bounded number of steps, by readers that run no other program, and unpacked only if its size is
+    within bounds.
 
     Parameters
     ----------
     source : str, Path, bytes, binary stream, PIL image or uint8 array
-        A file that Pillow reads, its content, or what it made of one; an array is [H, W], [H, W, 3]
-        or [H, W, 4]: red, green, blue, opacity.
+        A file in one of FORMATS, its content, or what Pillow made of one; an array is [H, W],
+        [H, W, 3] or [H, W, 4]: red, green, blue, opacity.
+    draft : int, optional
+        A JPEG may come in the smallest size that its decoder makes at once and whose sides are no
+        shorter than this.
 
     Returns
     -------
@@ -63,38 +91,27 @@ def open_picture(source: Picture) -> Image.Image:
     NpvlmError
         No such file, no picture, a damaged or an absurdly large one.
     """
-    if isinstance(source, str) and not source:
-        raise NpvlmError("a picture's name is empty, expected the path of a file")
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
-    if isinstance(source, np.ndarray):
-        source = _from_array(source)
-    if isinstance(source, str | Path):
-        said = str(source) if str(source).isprintable() else ascii(str(source))
-        _check_file(Path(source), said)
-    else:
-        said = str(getattr(source, "filename", "") or getattr(source, "name", "") or "the picture")
+    said = _said(source)
     try:
         with _OPENING, warnings.catch_warnings():
             # Pillow warns of what it reads all the same, and of half the size that it refuses.
             warnings.simplefilter("ignore")
+            if isinstance(source, np.ndarray):
+                return to_rgb(_from_array(source), said)
             if isinstance(source, Image.Image):
-                if not (source.width and source.height):
-                    raise NpvlmError(
-                        f"{said} is {source.width} x {source.height} pixels; is it one?"
-                    )
-                return to_rgb(_upright(source), said)
-            with Image.open(source) as picture:
-                picture.load()
-                return to_rgb(_upright(picture), said)
+                rgb, orientation = _decoded(source, said)
+            else:
+                rgb, orientation = _unpacked(_Content(_bytes_of(source, said)), said, draft)
+            turn = _UPRIGHT.get(orientation)
+            return rgb if turn is None else rgb.transpose(turn)
     except NpvlmError:
         raise
-    except PermissionError as error:
-        raise NpvlmError(f"{said} cannot be opened: {error.strerror}") from None
     except UnidentifiedImageError:
-        raise NpvlmError(f"{said} is no picture that Pillow can read; give a PNG or JPEG") from None
+        raise NpvlmError(
+            f"{said} is no picture of a kind that npvlm reads; give a PNG or JPEG"
+        ) from None
     except Image.DecompressionBombError:
-        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        most = MOST_PIXELS // 10**6
         raise NpvlmError(
             f"{said} has more than {most} million pixels, expected a picture; make it smaller"
         ) from None
@@ -103,6 +120,33 @@ def open_picture(source: Picture) -> Image.Image:
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise NpvlmError(f"{said} cannot be read as a picture ({reason}); is it damaged?") from None
+
+
+def read_bounded(file: BinaryIO, said: str) -> bytes:
+    """All that a file or a stream holds; one that never ends is refused.
+
+    Raises
+    ------
+    NpvlmError
+        It holds more than MOST_BYTES.
+    """
+    parts, count = [], 0
+    while part := file.read(2**20):
+        parts.append(part)
+        count += len(part)
+        if count > MOST_BYTES:
+            raise NpvlmError(
+                f"{said} has more than {MOST_BYTES // 10**6} million bytes, expected a picture; "
+                "make it smaller"
+            )
+    return b"".join(parts)
+
+
+def said_name(name: str | Path) -> str:
+    """A name as errors say it: on one line, and short enough to read."""
+    said = str(name)
+    said = said if said.isprintable() else ascii(said)
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
 
 
 def to_rgb(picture: Image.Image, said: str = "the picture") -> Image.Image:
@@ -115,16 +159,18 @@ def to_rgb(picture: Image.Image, said: str = "the picture") -> Image.Image:
     NpvlmError
         The picture holds numbers whose range is not known.
     """
-    if picture.mode.startswith("I"):
-        picture = _scale_down(picture, said)
     if picture.mode == "F":
         raise NpvlmError(f"{said} holds fractions, expected a picture of 8 or 16 bits a colour")
-    if picture.mode in ("La", "RGBa"):  # colours multiplied by their opacity
-        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
-    if picture.mode in _CLEAR_MODES or picture.info.get("transparency") is not None:
-        ground = Image.new("RGBA", picture.size, _WHITE)
-        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
-    return picture.convert("RGB")
+    clear = picture.mode in _CLEAR_MODES or picture.info.get("transparency") is not None
+    if not clear and not picture.mode.startswith("I"):
+        return picture.convert("RGB")
+    rgb = Image.new("RGB", picture.size)  # by tiles: all steps at once would take much memory
+    for top in range(0, picture.height, _TILE):
+        for left in range(0, picture.width, _TILE):
+            right, bottom = min(left + _TILE, picture.width), min(top + _TILE, picture.height)
+            tile = picture.crop((left, top, right, bottom))
+            rgb.paste(_tile_to_rgb(tile, said), (left, top))
+    return rgb
 
 
 def pixel_values(picture: Image.Image, preprocessor: Preprocessor) -> NDArray[np.float32]:
@@ -216,10 +262,96 @@ def read_preprocessor(folder: Path, config: Config) -> Preprocessor:
     )
 
 
+class _Content(io.BytesIO):
+    """What a file holds, for readers that may be led to read it without end."""
+
+    steps = scans = 0
+    is_jpeg = False
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        content = super().read(size)
+        self.steps += 1
+        if self.is_jpeg:  # each scan may be a few bytes, and goes over the whole picture
+            self.scans += content.count(_SCAN)
+        if self.steps > _STEPS or self.scans > _SCANS:
+            raise OSError("it takes more steps to read than any picture")
+        return content
+
+
+def _said(source: Picture) -> str:
+    """How errors call a picture."""
+    if isinstance(source, str | Path):
+        return said_name(source)
+    name = str(getattr(source, "filename", "") or getattr(source, "name", ""))
+    return said_name(name or "the picture")
+
+
+def _bytes_of(source: str | Path | bytes | BinaryIO, said: str) -> bytes:
+    """What a file or a stream holds."""
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, str | Path):
+        with contextlib.suppress(OSError, AttributeError):  # not all can be rewound
+            source.seek(0)
+        return read_bounded(source, said)
+    if source == "":
+        raise NpvlmError("a picture's name is empty, expected the path of a file")
+    _check_file(Path(source), said)
+    try:
+        # A pipe that has taken the file's place by now is not waited for.
+        with open(source, "rb", opener=_open_at_once) as file:
+            content = read_bounded(file, said)
+    except OSError as error:
+        raise NpvlmError(f"{said} cannot be opened: {error.strerror}") from None
+    if not content:
+        raise NpvlmError(f"{said} is empty, expected a picture")
+    return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _unpacked(content: _Content, said: str, draft: int | None) -> tuple[Image.Image, int]:
+    """What a file shows as 8-bit RGB, as it is stored, and the note on how the camera was held."""
+    with Image.open(content, formats=FORMATS) as picture:
+        _check_size(picture, said)
+        if draft is not None:
+            picture.draft("RGB", (draft, draft))
+        content.is_jpeg = picture.format in ("JPEG", "MPO")
+        content.steps -= 2 * picture.width * picture.height  # some are read pixel by pixel
+        picture.load()
+        _check_size(picture, said)  # some readers find out only now
+        return _decoded(picture, said)
+
+
+def _decoded(picture: Image.Image, said: str) -> tuple[Image.Image, int]:
+    """A picture as 8-bit RGB, as it is stored, and the note on how the camera was held."""
+    if picture.format == "EPS":
+        raise NpvlmError(f"{said} is an EPS, which is a program; give a PNG or JPEG")
+    if not (picture.width and picture.height):
+        raise NpvlmError(f"{said} is {picture.width} x {picture.height} pixels; is it one?")
+    rgb = to_rgb(picture, said)
+    try:
+        return rgb, int(picture.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged note turns nothing
+        return rgb, 1
+
+
+def _check_size(picture: Image.Image, said: str) -> None:
+    """Refuse a picture that takes too much memory, before it is unpacked."""
+    most = MOST_PIXELS // 2 if picture.format in _HUNGRY else MOST_PIXELS
+    if picture.width * picture.height > most or max(picture.size) > MOST_SIDE:
+        raise NpvlmError(
+            f"{said} is {picture.width} x {picture.height} pixels, expected at most "
+            f"{most // 10**6} million and {MOST_SIDE:,} on a side; make it smaller"
+        )
+
+
 def _from_array(values: NDArray[np.uint8]) -> Image.Image:
     """Take an array as a picture, if it is one."""
-    colours = values.shape[2:]
-    if values.dtype != np.uint8 or not values.size or colours not in ((), (3,), (4,)):
+    shaped = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
+    if values.dtype != np.uint8 or not values.size or not shaped:
         raise UsageError(
             f"the array is {values.dtype} {list(values.shape)}, expected uint8 of height x width, "
             "perhaps x 3 or x 4 colours"
@@ -242,22 +374,24 @@ def _check_file(path: Path, said: str) -> None:
         raise NpvlmError(f"{said} is a folder, expected a picture")
     if not stat.S_ISREG(mode):
         raise NpvlmError(f"{said} is no regular file, expected a picture")
-    if not path.stat().st_size:
-        raise NpvlmError(f"{said} is empty, expected a picture")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """Turn a picture as its camera held it; a damaged note about that turns nothing."""
-    try:
-        return ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error, EOFError):
-        return picture
+def _tile_to_rgb(tile: Image.Image, said: str) -> Image.Image:
+    """A part of a picture that is deep or clear somewhere."""
+    if tile.mode.startswith("I"):
+        tile = _scale_down(tile, said)
+    if tile.mode in ("La", "RGBa"):  # colours multiplied by their opacity
+        tile = tile.convert("LA" if tile.mode == "La" else "RGBA")
+    if tile.mode not in _CLEAR_MODES and tile.info.get("transparency") is None:
+        return tile.convert("RGB")
+    ground = Image.new("RGBA", tile.size, _WHITE)
+    return Image.alpha_composite(ground, tile.convert("RGBA")).convert("RGB")
 
 
 def _scale_down(picture: Image.Image, said: str) -> Image.Image:
     """Scale greys of 16 bits to 8, to the nearest."""
     values = np.asarray(picture).astype(np.int64)
-    if values.size and not 0 <= values.min() <= values.max() <= _DEEPEST:
+    if not 0 <= values.min() <= values.max() <= _DEEPEST:
         raise NpvlmError(
             f"{said} holds numbers from {values.min()} to {values.max()}, "
             f"expected 0 to {_DEEPEST}; save it with 8 or 16 bits a colour"

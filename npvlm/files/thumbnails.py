@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from npvlm.errors import NpvlmError
 from npvlm.files.pictures import open_picture
 
 QUALITY = 90  # with colours at full size: a drawing has no rings around its shapes
@@ -33,20 +32,10 @@ def thumbnail(path: Path, side: int) -> Thumbnail:
     NpvlmError
         For a picture that cannot be read.
     """
-    picture, drawn = _small(path, side), io.BytesIO()
+    picture, drawn = open_picture(path, 2 * side), io.BytesIO()
     if max(picture.size) <= min(side, LOSSLESS):
         picture.save(drawn, "PNG", optimize=True)
         return Thumbnail(drawn.getvalue(), "png", *picture.size)
     picture.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
     picture.save(drawn, "JPEG", quality=QUALITY, subsampling=0, optimize=True)
     return Thumbnail(drawn.getvalue(), "jpeg", *picture.size)
-
-
-def _small(path: Path, side: int) -> Image.Image:
-    """A picture as people see it, as a JPEG in the smallest size its decoder gives at once."""
-    try:
-        with Image.open(path) as picture:
-            picture.draft("RGB", (2 * side, 2 * side))
-            return open_picture(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise NpvlmError(f"{path} cannot be read as a picture ({error})") from None

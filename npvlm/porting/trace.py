@@ -133,8 +133,7 @@ def prepare(model: Model, picture: Image.Image, prompt: str, step: int = 0) -> I
     """What a run begins with; the answer before a later step is the greedy one."""
     resized = resize(picture, model.preprocessor)
     pixels = scale_colours(resized, model.preprocessor)[None]
-    text, _ = model.tokenizer.strip_image_marks(prompt)
-    ids = layout(model.tokenizer, text, model.config.vision_config.num_patches)
+    ids = model.ids_of(prompt, 1, max(1, step))
     answer = model.generate(picture, prompt, max_tokens=step)[0].token_ids if step else []
     if len(answer) < step or (answer and answer[-1] in model.config.eos_token_ids):
         raise UsageError(
