@@ -207,7 +207,7 @@ def test_an_image_mark_in_the_prompt_is_removed_and_said(photo: Path) -> None:
 
 def test_threads_reach_the_libraries_before_numpy_is_imported() -> None:
     code = (
-        "import os, sys; from npvlm.cli.main import npvlm\n"
+        "import os, sys; from npvlm.cli.commands import npvlm\n"
         "try: npvlm.main(['generate', 'absent.png', '--prompt', 'x', '--threads', '1'],"
         " standalone_mode=False)\n"
         "except Exception: pass\n"
@@ -323,7 +323,7 @@ def test_signals_are_heard_while_kernels_are_compiled(
 def test_a_signal_that_python_forgets_is_raised_all_the_same() -> None:
     code = """
 import signal, time
-from npvlm.cli.interruption import Terminated, listen
+from npvlm.cli.interruption import Stopped, listen
 
 class Fragile:
     def __del__(self):
@@ -333,13 +333,13 @@ listen()
 try:
     Fragile()
     time.sleep(20)
-except Terminated:
-    print("terminated")
+except Stopped as stop:
+    print(stop.number)
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    assert (result.stdout, result.stderr) == ("terminated\n", "")
+    assert (result.stdout, result.stderr) == ("15\n", "")
 
 
 def test_a_closed_pipe_ends_quietly(photo: Path) -> None:

@@ -25,6 +25,12 @@ from npvlm.errors import NpvlmError, UsageError
 Picture = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 
 _OPENING = threading.Lock()  # filters of warnings belong to all threads
+if hasattr(os, "register_at_fork"):  # no child may find it held by a thread that it has not
+    os.register_at_fork(
+        before=_OPENING.acquire,
+        after_in_parent=_OPENING.release,
+        after_in_child=_OPENING.release,
+    )
 _FILTERS = range(6)  # nearest, Lanczos, bilinear, bicubic, box, Hamming: the same in all releases
 _CLEAR_MODES = ("RGBA", "LA", "PA")
 _WHITE = (255, 255, 255, 255)
