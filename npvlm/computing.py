@@ -22,7 +22,12 @@ class Turns:
         self._lock = threading.Lock()
         self._lost: ModuleType | None = None  # the namespace that cannot be computed with
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._after_fork)
+            # Nothing computes meanwhile: OpenBLAS would wait for ever, in parent or child.
+            os.register_at_fork(
+                before=self._lock.acquire,
+                after_in_parent=self._lock.release,
+                after_in_child=self._after_fork,
+            )
 
     def take(self, ops: ModuleType) -> threading.Lock:
         """The lock to hold while computing with a namespace.
@@ -41,7 +46,7 @@ class Turns:
         return self._lock
 
     def _after_fork(self) -> None:
-        self._lock = threading.Lock()  # a thread that is not in this process may hold the old one
+        self._lock.release()
         compiling = sys.modules.get("npvlm.kernels.compiling")
         if compiling is not None and compiling.threads_end_at_fork():
             self._lost = sys.modules["npvlm.kernels"]

@@ -81,9 +81,19 @@ def _remove_at_once(path: Path) -> None:
         path.unlink()
 
 
+def expanded(path: Path) -> Path:
+    """A name whose ~ is somebody's home; where there is nobody of that name, as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises)
+
+
+def resolved(path: Path) -> Path:
+    """Where links lead, as far as they lead anywhere."""
+    return Path(os.path.realpath(path))  # Path.resolve raises
+
+
 def place_of(path: Path) -> Path:
-    """Where a name leads, with ~ and links followed as far as they lead anywhere."""
-    return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111 (Path's own ones raise)
+    """Where what has this name lies, or will."""
+    return resolved(expanded(path))
 
 
 def _check_regular(path: Path) -> None:
