@@ -125,6 +125,9 @@ class Bench:
     def of(self, job: str) -> Clean:
         """What a job does undisturbed, found out once, with the kernels it needs compiled."""
         if job not in self.clean:
+            dump = self.folder / "given" / "dump.safetensors"
+            if dump.name in JOBS[job] and not dump.exists():
+                dump.write_bytes(self.of("trace").files["t.safetensors"])
             with self.place() as place:
                 began = time.perf_counter()
                 process = self.start(job, place)
@@ -279,10 +282,12 @@ def memory(bench: Bench, job: str) -> str | None:
 
 def cache(bench: Bench, job: str) -> str | None:
     """Files of the cache of kernels that are cut, zeroed, scrambled, swapped or gone."""
+    from npvlm.kernels.compiling import FOLDER
+
     clean, chance = bench.of(job), bench.chance
     with bench.place() as place:
         kept = place / "kernels"
-        shutil.copytree(bench.folder / "kernels", kept)
+        shutil.copytree(FOLDER, kept / "npvlm" / FOLDER.name)
         files = sorted(path for path in kept.rglob("*.nb?"))
         for path in chance.sample(files, min(len(files), chance.choice((1, 3, 10)))):
             damage(path, chance)
@@ -337,17 +342,20 @@ def prepare(folder: Path) -> None:
         draw_picture().crop((0, 0, 448 - number, 448)).save(given / f"pictures/{number}.png")
     shutil.copy(given / "pictures/0.png", given / "a.png")
     (given / "lines").write_bytes(LINES)
-    dump = ["trace", "a.png", "--prompt", "caption en", "--save", "dump.safetensors"]
-    subprocess.run([*COMMAND, *dump], cwd=given, capture_output=True, check=True)
-    from npvlm.kernels.compiling import FOLDER
-
-    shutil.copytree(FOLDER, folder / "kernels" / "npvlm" / FOLDER.name)
 
 
 def hub_files() -> dict[str, bytes]:
     """A model to fetch."""
     shapes = ROOT / "npvlm" / "bundled" / "shapes"
     return {path.name: path.read_bytes() for path in shapes.iterdir() if path.is_file()}
+
+
+@contextmanager
+def bench_in(seed: int) -> Iterator[Bench]:
+    """A bench in a temporary folder, with a hub beside it."""
+    with tempfile.TemporaryDirectory(prefix="faults-") as name, serve(Hub(hub_files())) as hub:
+        prepare(Path(name))
+        yield Bench(Path(name), random.Random(seed), hub)
 
 
 def main() -> int:
@@ -361,9 +369,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     failures = 0
     print(f"{'fault':<10} {'tried':>6} {'as promised':>12} {'failed':>7}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="faults-") as name, serve(Hub(hub_files())) as hub:
-        bench = Bench(Path(name), random.Random(given.seed), hub)
-        prepare(bench.folder)
+    with bench_in(given.seed) as bench:
         for fault in given.only.split(","):
             do, jobs = FAULTS[fault]
             jobs = [job for job in jobs if not given.jobs or job in given.jobs.split(",")]
