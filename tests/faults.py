@@ -112,15 +112,14 @@ class Bench:
             "HF_ENDPOINT": self.hub.address,
             **options.pop("env", {}),  # type: ignore[dict-item]
         }
-        given = {"stdin": (place / "lines").open("rb"), "stdout": subprocess.PIPE} | options
-        return subprocess.Popen(
-            [*COMMAND, *arguments(job)],
-            cwd=place,
-            env=environment,
-            stderr=given.pop("stderr", subprocess.PIPE),
-            start_new_session=True,
-            **given,
-        )
+        with (place / "lines").open("rb") as lines:
+            return subprocess.Popen(
+                [*COMMAND, *arguments(job)],
+                **{"stdin": lines, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options,
+                cwd=place,
+                env=environment,
+                start_new_session=True,
+            )
 
     def of(self, job: str) -> Clean:
         """What a job does undisturbed, found out once, with the kernels it needs compiled."""
@@ -209,13 +208,13 @@ def pipe(bench: Bench, job: str) -> str | None:
     """A reader that has had enough after some bytes."""
     clean = bench.of(job)
     with bench.place() as place:
-        process = bench.start(job, place)
-        assert process.stdout is not None and process.stderr is not None
-        wanted = bench.chance.choice((0, 1, bench.chance.randrange(len(clean.stdout) + 1)))
-        os.read(process.stdout.fileno(), wanted) if wanted else None
-        process.stdout.close()
-        said = process.stderr.read()
-        return bench.judge(job, place, process.wait(), said, {0})
+        with bench.start(job, place) as process:
+            assert process.stdout is not None and process.stderr is not None
+            wanted = bench.chance.choice((0, 1, bench.chance.randrange(len(clean.stdout) + 1)))
+            process.stdout.read(wanted)
+            process.stdout.close()
+            said = process.stderr.read()
+        return bench.judge(job, place, process.returncode, said, {0})
 
 
 def closed(bench: Bench, job: str) -> str | None:

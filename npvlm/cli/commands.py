@@ -96,7 +96,8 @@ def run() -> int:
     except NpvlmError as error:
         return _fail(str(error), error.exit_code)
     except MemoryError:
-        return _fail("out of memory; use a smaller model, fewer pictures or another machine.", 3)
+        said = "out of memory; use a smaller model, fewer pictures or beams, or another machine."
+        return _fail(said, 3)
     except BrokenPipeError:
         return _closed_pipe()
     except OSError as error:
