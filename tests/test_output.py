@@ -77,3 +77,15 @@ def test_a_signal_in_the_middle_of_the_clean_up_leaves_nothing(tmp_path, monkeyp
     with pytest.raises(Signal), make(place):
         raise Signal
     assert arrived and not list(tmp_path.iterdir())
+
+
+def test_of_two_that_write_one_folder_the_later_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    with pytest.raises(NpvlmError, match="not empty"), new_folder(place) as late:
+        (late / "late").touch()
+        with new_folder(place) as early:
+            (early / "early").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
+        "place",
+        "place/early",
+    ]
