@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -183,7 +183,8 @@ def signalled(bench: Bench, job: str, times: int = 1, **options: object) -> str 
     clean, number = bench.of(job), bench.chance.choice(list(SIGNALS))
     with bench.place() as place:
         process = bench.start(job, place, **options)
-        time.sleep(bench.chance.uniform(0.0, 1.1 * clean.seconds))
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(bench.chance.uniform(0, clean.seconds))
         sent = time.perf_counter()
         for _ in range(times):
             process.send_signal(number)
