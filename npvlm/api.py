@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import operator
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ from npvlm.asked import (
     pairs_of,
     texts_of,
 )
+from npvlm.computing import Turns
 from npvlm.config import PRECISIONS, Config, read_config
 from npvlm.decoding.beams import beam_search
 from npvlm.decoding.generate import generate, logits
@@ -91,8 +92,7 @@ __all__ = [
 ]
 
 
-# One computation at a time: several Python threads may not start parallel kernels at once.
-_COMPUTING = threading.Lock()
+_TURNS = Turns()
 
 
 def load(model: str | Path = "shapes", precision: str | None = None, ops: str = "kernels") -> Model:
@@ -136,12 +136,14 @@ def open_weights(
     """
     precision = _precision(folder, config, precision)
     namespace, packers = _namespace(ops)
-    stored = open_checkpoint(folder, config)
-    packed = 0 if config.quantization else packed_bytes(stored, precision)
+    weights = open_checkpoint(folder, config)
+    packed = 0 if config.quantization else packed_bytes(weights, precision)
     what = f"{folder} in {precision}, with one picture," if packed else f"{folder} with one picture"
     smaller = "convert it on a larger machine" if packed else "take a smaller model"
     check_memory(packed + working_bytes(config), what, f"stop other programs, or {smaller}")
-    weights = stored if config.quantization else at_precision(stored, precision, packers)
+    if not config.quantization:
+        with _TURNS.take(namespace):
+            weights = at_precision(weights, precision, packers)
     return Weights(weights), precision, namespace
 
 
@@ -209,7 +211,13 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """An opened checkpoint: its config, memory-mapped weights, tokenizer and picture settings."""
+    """An opened checkpoint: its config, memory-mapped weights, tokenizer and picture settings.
+
+    Any number of threads may ask it at once: they take turns, and each gets the bits that it would
+    get alone. Other processes load their own, which costs little: weights that are mapped are in
+    memory once. A child that was forked after kernels ran cannot run them, and says so; start
+    processes by spawn.
+    """
 
     name: str
     folder: Path
@@ -219,6 +227,13 @@ class Model:
     preprocessor: Preprocessor
     precision: str
     ops: ModuleType = field(repr=False)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied: gigabytes would go from process to process."""
+        raise UsageError(
+            "a model is not sent to another process, nor copied; call npvlm.load there, with the "
+            f"same name ({self.name})."
+        )
 
     def generate(
         self,
@@ -486,7 +501,7 @@ class Model:
 
     def _paint(self, codes: Index) -> NDArray[np.float32]:
         """Masks from their codes. codes [N, 16] -> [N, 64, 64]"""
-        with _COMPUTING:
+        with _TURNS.take(self.ops):
             return vqvae.decode_masks(codes, self.mask_decoder, np.float32, ops=self.ops)
 
     @cached_property
@@ -515,7 +530,7 @@ class Model:
         self._check_memory(tokens, tokens, len(pictures), scored=tokens)
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         w, config = self.weights, self.config
-        with _COMPUTING:
+        with _TURNS.take(self.ops):
             return logits(ids, answer, features, w, config, ops=self.ops, tap=closed)
 
     def _check_memory(self, tokens: int, rows: int, pictures: int, scored: int = 1) -> None:
@@ -568,7 +583,7 @@ class Model:
         prefix = self.ids_of(prompt, len(pictures), max(map(len, ids)))
         self._check_memory(len(prefix), len(prefix) + sum(map(len, ids)), len(pictures))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
-        with _COMPUTING:
+        with _TURNS.take(self.ops):
             logprobs = score(
                 prefix, ids, features, self.weights, self.config, ops=self.ops, tap=closed
             )
@@ -622,7 +637,7 @@ class Model:
 
         def read(pixels: Array, tap: Tap = closed) -> NDArray[np.float64]:
             w, config = self.weights, self.config
-            with _COMPUTING:
+            with _TURNS.take(self.ops):
                 seen = paligemma.image_features(pixels[None], w, config, ops=self.ops, tap=closed)
                 given = prefix, np.array(ids), seen[0], w, config, places
                 return read_answer(*given, ops=self.ops, tap=tap)
@@ -753,7 +768,7 @@ class Model:
             steps = generate(*given, choosers, limits, ops=self.ops, tap=closed)
         prefilled = None
         while True:
-            with _COMPUTING:
+            with _TURNS.take(self.ops):
                 tokens = next(steps, None)
             if tokens is None:
                 break
@@ -798,7 +813,7 @@ class Model:
         new = [key for key, features in found.items() if features is None]
         if new:
             pixels = np.stack([s.pixels for s in seen if s.features is None])
-            with _COMPUTING:
+            with _TURNS.take(self.ops):
                 features = paligemma.image_features(
                     pixels, self.weights, self.config, ops=self.ops, tap=closed
                 )

@@ -18,7 +18,7 @@ from PIL import Image
 
 import npvlm
 from npvlm.cli.batch import prompt_of
-from npvlm.cli.main import npvlm as commands
+from npvlm.cli.commands import npvlm as commands
 from npvlm.work.batch import Progress, run_batch
 from npvlm.work.batch_input import Item, part, read_input
 from npvlm.work.batch_output import open_records

@@ -207,7 +207,7 @@ def test_an_image_mark_in_the_prompt_is_removed_and_said(photo: Path) -> None:
 
 def test_threads_reach_the_libraries_before_numpy_is_imported() -> None:
     code = (
-        "import os, sys; from npvlm.cli.main import npvlm\n"
+        "import os, sys; from npvlm.cli.commands import npvlm\n"
         "try: npvlm.main(['generate', 'absent.png', '--prompt', 'x', '--threads', '1'],"
         " standalone_mode=False)\n"
         "except Exception: pass\n"
@@ -277,8 +277,8 @@ def test_a_picture_that_is_none_exits_with_3(tmp_path: Path) -> None:
         assert str(picture) in one_line(result)
 
 
-def test_ctrl_c_exits_with_130_and_sigterm_with_143(photo: Path) -> None:
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+def test_ctrl_c_exits_with_130_sigterm_with_143_a_closed_terminal_with_129(photo: Path) -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
         command = [
             *CLI,
             "generate",
@@ -323,7 +323,7 @@ def test_signals_are_heard_while_kernels_are_compiled(
 def test_a_signal_that_python_forgets_is_raised_all_the_same() -> None:
     code = """
 import signal, time
-from npvlm.cli.interruption import Terminated, listen
+from npvlm.cli.interruption import Stopped, listen
 
 class Fragile:
     def __del__(self):
@@ -333,13 +333,68 @@ listen()
 try:
     Fragile()
     time.sleep(20)
-except Terminated:
-    print("terminated")
+except Stopped as stop:
+    print(stop.number)
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    assert (result.stdout, result.stderr) == ("terminated\n", "")
+    assert (result.stdout, result.stderr) == ("15\n", "")
+
+
+def test_a_signal_is_heard_while_the_commands_are_imported() -> None:
+    code = """
+import signal, sys
+
+class Sender:
+    def find_spec(self, name, *rest):
+        if name == "npvlm.cli.commands":
+            signal.raise_signal(signal.SIGTERM)
+
+sys.meta_path.insert(0, Sender())
+from npvlm.cli import main
+main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (result.returncode, result.stderr) == (143, "npvlm: terminated.\n")
+
+
+def test_a_second_signal_does_not_break_the_clean_up() -> None:
+    code = """
+import signal
+from npvlm.cli.interruption import Stopped, listen
+
+listen()
+try:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        print("clean")
+except Stopped as stop:
+    print(stop.number)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (result.stdout, result.stderr) == ("clean\n2\n", "")
+
+
+def test_the_work_goes_on_when_nobody_reads_stderr(photo: Path, tmp_path: Path) -> None:
+    """Else a batch in `2>&1 | head` would end early, and say by its exit code that all is fine."""
+    read, written = os.pipe()
+    os.close(read)
+    output = tmp_path / "out.jsonl"
+    command = [*CLI, "batch", str(photo), str(photo.parent / "absent*"), "--task", "ocr"]
+    (photo.parent / "absent.png").touch()
+    result = subprocess.run([*command, "-o", str(output)], stderr=written, check=False)
+    os.close(written)
+    (photo.parent / "absent.png").unlink()
+    assert result.returncode == 3  # one of the two is no picture
+    assert len(output.read_text().splitlines()) == 2
 
 
 def test_a_closed_pipe_ends_quietly(photo: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import npvlm
-from npvlm.cli.main import npvlm as commands
+from npvlm.cli.commands import npvlm as commands
 
 ROOT = Path(npvlm.__file__).parents[1]
 README = (ROOT / "README.md").read_text()

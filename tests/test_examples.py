@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import npvlm
-from npvlm.cli.main import npvlm as commands
+from npvlm.cli.commands import npvlm as commands
 from npvlm.work.demo import draw_picture
 
 ROOT = Path(npvlm.__file__).parents[1]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from npvlm.cli.asking import max_tokens_option, note_image_marks
-from npvlm.cli.interruption import Terminated
+from npvlm.cli.interruption import Stopped
 from npvlm.cli.options import (
     model_option,
     named_model,
@@ -106,7 +106,7 @@ def batch(
     join with `cat`, in order.
 
     Exit codes: 0 all are answered, 3 some records are errors (they stay; --resume asks no second
-    time), or a problem that ended it; 2, 130, 143 as everywhere.
+    time), or a problem that ended it; 2, 129, 130, 143 as everywhere.
     """
     asked = prompt_of(task, prompt, labels=labels, question=question, lang=lang)
 
@@ -132,7 +132,7 @@ def batch(
         last, memory = run_batch(
             opened, items, output, tell, errors.add, max_tokens=max_tokens, resume=resume
         )
-    except (KeyboardInterrupt, Terminated):
+    except Stopped:
         line.clear()
         if last is not None:
             note = f"{last.done} of {last.total} records are in {output}; --resume goes on."

@@ -67,7 +67,7 @@ def chat(
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
     seen = opened.look(picture)
     if not quiet:
-        typed = sys.stdin is not None and sys.stdin.isatty()
+        typed = sys.stdin.isatty()
         click.echo(f"{HINT}\n{ALONE}" if typed else ALONE, err=True)
     for line in _lines():
         prompt = line if task_of(line) in TASKS else f"answer en {line}"
@@ -96,8 +96,6 @@ def _boxes(model: Model, answer: Answer, seen: Seen) -> str:
 
 def _lines() -> Iterator[str]:
     """What is typed, or comes down a pipe, without empty lines, until it ends or a line says so."""
-    if sys.stdin is None:  # as it is where the shell closed it
-        return
     typing = sys.stdin.isatty() and sys.stdout.isatty()
     if typing:
         import readline  # noqa: F401 (importing it makes lines editable)

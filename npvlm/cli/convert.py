@@ -43,7 +43,7 @@ class Progress:
     """How far it is, on stderr: a line that changes every second on a terminal, else few lines."""
 
     def __init__(self) -> None:
-        self.terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty()
         self.seconds = 1 if self.terminal else 30
         self.said = time.monotonic()
         self.begun = False

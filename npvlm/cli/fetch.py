@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from npvlm.cli.interruption import Stopped
+
 if TYPE_CHECKING:
     from npvlm.files.download import Remote, RemoteFile
     from npvlm.files.hub import Wanted
@@ -41,7 +43,7 @@ def fetch(model: str, revision: str | None, dry_run: bool, quiet: bool) -> None:
             click.echo(f"npvlm: {what}", err=True)
 
     def begin(file: RemoteFile) -> None:
-        if sys.stderr is None or not sys.stderr.isatty():  # else a bar says it
+        if not sys.stderr.isatty():  # else a bar says it
             say(f"{file.name}, {_size(file.size)}")
 
     if revision is None and model in (path.name for path in BUNDLED.iterdir() if path.is_dir()):
@@ -67,7 +69,7 @@ def fetch(model: str, revision: str | None, dry_run: bool, quiet: bool) -> None:
     say(f"{wanted.repo} at {remote.revision}: {_size(total)}, {_size(left)} of it to come")
     try:
         folder = download.fetch(remote, begin, say, quiet)
-    except KeyboardInterrupt:
+    except Stopped:
         say("what has come is kept: run the same again to go on.")
         raise
     click.echo(folder)

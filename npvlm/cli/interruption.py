@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM become exceptions that nothing swallows.
+"""Ctrl-C, SIGTERM and a closed terminal become one exception that nothing swallows.
 
 Python prints and forgets what is raised where C calls back: in a destructor, a weak reference, or
 the middle of numba's compiler, which then breaks. So signals wait for the compiler, and one that is
@@ -10,51 +10,68 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
+SAME_WISH = 2.0  # seconds in which another signal means the same: it must not break the clean-up
 
 
-_EXCEPTIONS: dict[int, type[BaseException]] = {
-    signal.SIGINT: KeyboardInterrupt,
-    signal.SIGTERM: Terminated,
-}
+class Stopped(BaseException):
+    """A signal arrived. What libraries do about KeyboardInterrupt is not done about this."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+# What each of them is called where the command says why it ends.
+SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+if hasattr(signal, "SIGHUP"):  # which Windows has not
+    SAID[signal.SIGHUP] = "the terminal was closed"
 _depth = 0
-_arrived: type[BaseException] | None = None
+_arrived: int | None = None
+_raised = -SAME_WISH  # when
 
 
 def listen() -> None:
-    """Take both signals from now on, but for one that whoever started us has switched off."""
-    for number in _EXCEPTIONS:
+    """Take the signals from now on, but for one that whoever started us has switched off."""
+    for number in SAID:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _take)
     sys.unraisablehook = _send_again
 
 
+def deafen() -> None:
+    """Take no more signals: all is done, and Python has only to end."""
+    for number in SAID:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _take(number: int, frame: FrameType | None) -> None:
     global _arrived
-    _arrived = _EXCEPTIONS[number]
+    if time.monotonic() - _raised < SAME_WISH:
+        return
+    _arrived = number
     if not _depth:
         _raise()
 
 
 def _raise() -> None:
-    global _arrived
+    global _arrived, _raised
     if _arrived is not None:
-        exception, _arrived = _arrived, None
-        raise exception
+        number, _arrived, _raised = _arrived, None, time.monotonic()
+        raise Stopped(number)
 
 
 def _send_again(unraisable: Any) -> None:
     """In a moment: raised here, it would be forgotten once more."""
-    for number, exception in _EXCEPTIONS.items():
-        if isinstance(unraisable.exc_value, exception):
-            threading.Timer(0.01, signal.raise_signal, [number]).start()
-            return
-    sys.__unraisablehook__(unraisable)
+    global _raised
+    if isinstance(unraisable.exc_value, Stopped):
+        _raised = -SAME_WISH
+        threading.Timer(0.01, signal.raise_signal, [unraisable.exc_value.number]).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def hold() -> None:

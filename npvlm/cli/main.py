@@ -1,150 +1,65 @@
-"""The command group, and what every error becomes: one line on stderr and an exit code."""
+"""Where the command line begins and ends: its streams, its signals and its exit code.
+
+What it imports is little: a signal may come at any moment, and is heard from here on.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
 import sys
-import warnings
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
-import click
+from npvlm.cli.interruption import SAID, Stopped, deafen, listen
 
-from npvlm import __version__
-from npvlm.cli.batch import batch
-from npvlm.cli.bench import bench
-from npvlm.cli.caption import ask, caption, ocr
-from npvlm.cli.chat import chat
-from npvlm.cli.compare import compare
-from npvlm.cli.convert import convert
-from npvlm.cli.demo import demo
-from npvlm.cli.detect import detect, segment
-from npvlm.cli.doctor import doctor
-from npvlm.cli.explain import explain
-from npvlm.cli.fetch import fetch
-from npvlm.cli.generate import generate
-from npvlm.cli.inspect import inspect
-from npvlm.cli.interruption import Terminated, listen
-from npvlm.cli.kit import kit
-from npvlm.cli.lines import HarmlessOutput
-from npvlm.cli.models import models
-from npvlm.cli.replay import replay
-from npvlm.cli.score import score
-from npvlm.cli.tokens import tokens
-from npvlm.cli.trace import trace
-from npvlm.errors import NpvlmError
-
-EXIT_CODES = """\b
-Exit codes: 0 fine, 1 a check found a difference, 2 bad use,
-3 a model, file or machine problem, 130 Ctrl-C, 143 SIGTERM."""
-
-
-# What --help lists under which heading.
-COMMANDS: dict[str, list[click.Command]] = {
-    "Ask pictures": [demo, caption, ask, ocr, detect, segment, chat, batch, generate],
-    "How sure, and why": [score, explain],
-    "Models": [models, fetch, convert, inspect, tokens],
-    "This machine": [doctor, bench],
-    "Port PaliGemma": [trace, compare, replay, kit],
-}
-
-
-class Commands(click.Group):
-    """A group whose help lists commands by what they are for."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write a section for each heading."""
-        for heading, commands in COMMANDS.items():
-            with formatter.section(heading):
-                formatter.write_dl([(c.name or "", c.get_short_help_str(200)) for c in commands])
-
-
-@click.group(
-    cls=Commands,
-    epilog=EXIT_CODES,
-    # Where there is no terminal, click would take out what looks like a colour: data, here.
-    context_settings={"help_option_names": ["-h", "--help"], "color": True},
-)
-@click.version_option(__version__, prog_name="npvlm")
-def npvlm() -> None:
-    """PaliGemma and PaliGemma 2 on a plain CPU: ask pictures questions.
-
-    \b
-    npvlm demo                             see it work in seconds
-    npvlm fetch paligemma-3b-mix-224       bring a model
-    npvlm caption photo.jpg --model paligemma-3b-mix-224
-    npvlm detect photo.jpg "cat ; dog" -o boxes.png --model paligemma-3b-mix-224
-    """
-
-
-for group in COMMANDS.values():
-    for command in group:
-        npvlm.add_command(command)
+_BYTES: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
-    listen()
-    # Numbers that overflow are met where they matter; a warning with a source line helps no one.
-    warnings.simplefilter("ignore", RuntimeWarning)
-    # A path or a line need not be UTF-8; its bytes come out as they went in.
-    if sys.stdin is not None:  # as it is where the shell closed it
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
-    if sys.stdout is not None:
-        sys.stdout = _harmless(sys.stdout)
-    if sys.stderr is not None:
-        sys.stderr = _harmless(sys.stderr)
-    sys.exit(_run())
-
-
-def _harmless(stream: TextIO) -> HarmlessOutput:
-    """The same stream, but what is written to it cannot drive a terminal."""
-    at_once = bool(getattr(stream, "line_buffering", False))
-    return HarmlessOutput(
-        stream.detach(),  # type: ignore[attr-defined]
-        encoding="utf-8",
-        errors="surrogateescape",
-        line_buffering=at_once,
-    )
-
-
-def _run() -> int:
-    """Run the command and name its exit code."""
     try:
-        code = npvlm.main(standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code if isinstance(code, int) else 0
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return 2
-    except click.ClickException as error:
-        command = (
-            error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
-        )
-        hint = f" (see {command} --help)" if command else ""
-        return _fail(" ".join(error.format_message().split()) + hint, 2)
-    except NpvlmError as error:
-        return _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted.", 130)
-    except Terminated:
-        return _fail("terminated.", 143)
-    except MemoryError:
-        return _fail("out of memory; use a smaller model, fewer pictures or another machine.", 3)
-    except BrokenPipeError:
-        return _closed_pipe()
-    except OSError as error:
-        return _fail(f"{error.filename or 'output'}: {error.strerror or error}.", 3)
-    except SystemExit:  # how click itself ends on a closed pipe; nothing else here raises it
-        return _closed_pipe()
+        listen()
+        _open_streams()
+        from npvlm.cli.commands import run
+
+        code = run()
+        deafen()
+    except (Stopped, KeyboardInterrupt) as stop:  # the latter only before `listen`
+        deafen()
+        number = getattr(stop, "number", signal.SIGINT)
+        with contextlib.suppress(Exception):  # imports may have been broken off
+            begin = "\n" if sys.stderr.isatty() else ""  # behind ^C, or a line of progress
+            print(f"{begin}npvlm: {SAID[number]}.", file=sys.stderr)
+        code = 128 + number
+    sys.exit(code)
 
 
-def _fail(message: str, code: int) -> int:
-    click.echo(f"npvlm: {message}", err=True, color=True)
-    return code
+class _Remarks(io.FileIO):
+    """Where stderr goes. Whoever read it may leave, or its disk be full: the work goes on."""
+
+    def write(self, data: Any) -> int:
+        """Write what can be written; the rest is lost."""
+        with contextlib.suppress(OSError):
+            super().write(data)
+        return len(memoryview(data).cast("B"))
 
 
-def _closed_pipe() -> int:
-    """Whoever read our output has had enough: end quietly."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+def _open_streams() -> None:
+    """Let all three streams be there, in UTF-8, and stderr end nothing.
+
+    Those that the shell closed lead nowhere: else the next file would be opened as stdout. A path
+    or a line need not be UTF-8; its bytes come out as they went in, but for what drives a terminal.
+    """
+    from npvlm.cli.lines import HarmlessOutput
+
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+    sys.stdin.reconfigure(**_BYTES)  # type: ignore[union-attr]
+    given: Any = sys.stdout
+    at_once = given.line_buffering
+    sys.stdout = HarmlessOutput(given.detach(), line_buffering=at_once, **_BYTES)
+    remarks = io.BufferedWriter(_Remarks(sys.stderr.fileno(), "wb", closefd=False))
+    sys.stderr = HarmlessOutput(remarks, line_buffering=True, write_through=True, **_BYTES)

@@ -13,7 +13,7 @@ class ProgressLine:
 
     def __init__(self, things: str, quiet: bool = False) -> None:
         self._things = things
-        self._shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self._shown = not quiet and sys.stderr.isatty()
         self._began = self._last = time.perf_counter()
         self._width = 0
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
 from PIL import Image
 
@@ -40,23 +41,64 @@ def new_file(path: Path) -> Iterator[Path]:
     NpvlmError
         Where it cannot be written; nothing is left behind then.
     """
-    path = path.expanduser().resolve()
-    if path.exists() and not path.is_file():
-        raise NpvlmError(f"{path} is no regular file, expected a place for one.")
-    draft = None
+    path = place_of(path)
+    _check_regular(path)
+    draft = path.with_name(f".{path.name[:40]}.{token_hex(4)}")
     try:
-        handle, draft = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
-        os.close(handle)
-        yield Path(draft)
-        Path(draft).chmod(0o666 & ~_umask())
-        Path(draft).replace(path)
-        draft = None
+        draft.open("xb").close()
+        yield draft
+        draft.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)
         raise NpvlmError(f"{path}: cannot be written ({reason}); name another place.") from error
     finally:
-        if draft is not None:
-            Path(draft).unlink()
+        _remove(draft)
+
+
+@contextmanager
+def scratch_folder(inside: Path, prefix: str = "npvlm-") -> Iterator[Path]:
+    """A folder for the time of a block, which is removed whatever happens but a kill."""
+    folder = inside / f"{prefix}{token_hex(4)}"
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, if it is there; a signal meanwhile is raised when it is gone."""
+    try:
+        _remove_at_once(path)
+    except BaseException:
+        _remove_at_once(path)
+        raise
+
+
+def _remove_at_once(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)  # which leaves a file alone
+    with suppress(OSError):
+        path.unlink()
+
+
+def expanded(path: Path) -> Path:
+    """A name whose ~ is somebody's home; where there is nobody of that name, as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises)
+
+
+def resolved(path: Path) -> Path:
+    """Where links lead, as far as they lead anywhere."""
+    return Path(os.path.realpath(path))  # Path.resolve raises
+
+
+def place_of(path: Path) -> Path:
+    """Where what has this name lies, or will."""
+    return resolved(expanded(path))
+
+
+def _check_regular(path: Path) -> None:
+    if os.path.lexists(path) and not path.is_file():  # a link that is left leads in a circle
+        raise NpvlmError(f"{path} is no regular file, expected a place for one.")
 
 
 def check_place(path: Path) -> None:
@@ -69,18 +111,17 @@ def check_place(path: Path) -> None:
     NpvlmError
         Where it may not be written.
     """
-    path = path.expanduser().resolve()
+    path = place_of(path)
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent} is no folder; make it first.")
-    if path.exists() and not path.is_file():
-        raise NpvlmError(f"{path} is no regular file, expected a place for one.")
+    _check_regular(path)
     if not os.access(path.parent, os.W_OK):
         raise NpvlmError(f"{path.parent} may not be written to; name another place.")
 
 
 def check_new(folder: Path) -> None:
     """Refuse a place where something is already, or around which there is no folder."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UsageError(f"{folder} is there already, expected a new or an empty folder.")
     if not folder.parent.is_dir():
         raise UsageError(f"{folder.parent} is no folder; make it first.")
@@ -99,21 +140,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
     NpvlmError
         Where it cannot be written.
     """
-    folder = folder.expanduser().resolve()
+    folder = place_of(folder)
     check_new(folder)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as hidden:
-            draft = Path(hidden) / folder.name
+        with scratch_folder(folder.parent, f".{folder.name[:40]}.") as hidden:
+            draft = hidden / folder.name
             draft.mkdir()
             yield draft
             draft.replace(folder)
     except OSError as error:
         reason = error.strerror or str(error)
         raise NpvlmError(f"{folder}: cannot be written ({reason}); name another place.") from error
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

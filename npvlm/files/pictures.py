@@ -38,6 +38,12 @@ _LONGEST = 1024  # characters of a name that are said
 _TILE = 2048  # pixels of a side that are converted at once
 
 _OPENING = threading.Lock()  # filters of warnings belong to all threads
+if hasattr(os, "register_at_fork"):  # no child may find it held by a thread that it has not
+    os.register_at_fork(
+        before=_OPENING.acquire,
+        after_in_parent=_OPENING.release,
+        after_in_child=_OPENING.release,
+    )
 _FILTERS = range(6)  # nearest, Lanczos, bilinear, bicubic, box, Hamming: the same in all releases
 _CLEAR_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _WHITE = (255, 255, 255, 255)

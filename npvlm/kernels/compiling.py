@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -107,6 +108,18 @@ def compiled(function: Callable[..., Any]) -> Any:
 def parallel(function: Callable[..., Any]) -> Any:
     """The same, with a `prange` that is shared among the threads."""
     return _keep(numba.njit(nogil=True, error_model="numpy", parallel=True)(function))
+
+
+def threads_end_at_fork() -> bool:
+    """Whether kernels have run on threads without which a forked child cannot run any.
+
+    GNU's library cannot start them anew, and numba ends a process that tries. Its other libraries
+    for threads can.
+    """
+    try:
+        return sys.platform == "linux" and numba.threading_layer() == "omp"
+    except ValueError:  # no threads were started
+        return False
 
 
 @contextmanager

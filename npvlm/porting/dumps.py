@@ -23,7 +23,7 @@ from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.checkpoint import read_header
 from npvlm.files.links import refuse_links_out
 from npvlm.files.npz import npz_members, read_member
-from npvlm.files.output import check_new, new_file, new_folder
+from npvlm.files.output import check_new, expanded, new_file, new_folder, place_of
 from npvlm.model.weights import Array
 from npvlm.porting.stages import SCHEMA
 from npvlm.porting.statistics import BUCKETS, describe
@@ -89,14 +89,14 @@ def check_place(path: Path, compact: bool) -> None:
     UsageError
         For a form that does not fit, a folder that is there, or none around it.
     """
-    path = path.expanduser()
+    path = expanded(path)
     if compact != (path.suffix == ".json"):
         raise UsageError(
             f"{path}: a compact trace is one .json, and only that; name such a file with --compact."
         )
     if path.suffix not in (".json", ".safetensors", ".bin"):
-        check_new(path.resolve())
-    elif not path.resolve().parent.is_dir():
+        check_new(place_of(path))
+    elif not place_of(path).parent.is_dir():
         raise UsageError(f"{path.parent} is no folder; make it first.")
     elif path.suffix != ".json" and not path.exists() and path.with_suffix(".json").exists():
         raise UsageError(
@@ -126,13 +126,13 @@ def save_trace(
         Where it cannot be written.
     """
     check_place(path, compact)
-    path, notes = path.expanduser(), manifest(trace, floors)
+    path, notes = expanded(path), manifest(trace, floors)
     if compact:
         with new_file(path) as draft:
             draft.write_text(_json(notes))
     elif path.suffix in (".safetensors", ".bin"):
         write = _write_safetensors if path.suffix == ".safetensors" else _write_raw
-        with new_file(path) as draft, new_file(path.with_suffix(".json")) as beside:
+        with new_file(path.with_suffix(".json")) as beside, new_file(path) as draft:
             write(draft, trace.stages, notes)
             beside.write_text(_json(notes))
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.listing import picture_suffixes
+from npvlm.files.output import resolved
 from npvlm.work.batch_input import Item
 from npvlm.work.contact_sheet import check_place
 
@@ -39,12 +40,12 @@ def check_places(
     _check_apart(output, inputs, items)
     if output.suffix.lower() in picture_suffixes():
         for folder in _folders(inputs):
-            if output.resolve().is_relative_to(folder):
+            if resolved(output).is_relative_to(folder):
                 raise UsageError(f"{output} would be taken for a picture of {folder}; rename it.")
     _check_writable(output if output.exists() else output.parent)
     if html is None:
         return
-    if output.resolve().is_relative_to(html.resolve()):
+    if resolved(output).is_relative_to(resolved(html)):
         raise UsageError(f"{html} is the place of the records, too; name another for the sheet.")
     check_place(html, inputs)
     _check_apart(html, inputs, items)
@@ -70,7 +71,7 @@ def _is_same(place: Path, path: Path) -> bool:
 
 def _folders(inputs: Sequence[str]) -> Iterator[Path]:
     """The folders among what was named."""
-    return (Path(name).resolve() for name in inputs if Path(name).is_dir())
+    return (resolved(Path(name)) for name in inputs if Path(name).is_dir())
 
 
 def _check_writable(path: Path) -> None:

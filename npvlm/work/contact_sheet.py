@@ -16,7 +16,7 @@ from typing import Any
 from npvlm.answers.drawing import COLOURS
 from npvlm.answers.lines import json_line
 from npvlm.errors import NpvlmError, UsageError
-from npvlm.files.output import check_new, new_file, new_folder
+from npvlm.files.output import check_new, new_file, new_folder, resolved
 from npvlm.files.thumbnails import Thumbnail, thumbnail
 from npvlm.work.batch_input import Item
 
@@ -46,8 +46,8 @@ def check_place(place: Path, inputs: Sequence[str]) -> None:
             raise UsageError(f"{place.parent} is no folder; make it first.")
         return
     check_new(place)
-    for folder in (Path(name).resolve() for name in inputs if Path(name).is_dir()):
-        if place.resolve().is_relative_to(folder):
+    for folder in (resolved(Path(name)) for name in inputs if Path(name).is_dir()):
+        if resolved(place).is_relative_to(folder):
             raise UsageError(f"{place} is among the pictures of {folder}; name another place.")
 
 

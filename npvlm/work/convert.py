@@ -16,7 +16,7 @@ from npvlm.config import FORMAT_VERSION, PACKED, Values, parse_config, read_conf
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.checkpoint import INDEX, OTHER_FORMATS, open_checkpoint
 from npvlm.files.masks import find_mask_decoder
-from npvlm.files.output import new_folder
+from npvlm.files.output import new_folder, place_of
 from npvlm.files.packed import blocks_of, packing, part_tensors, parts_of
 from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
 from npvlm.kernels.packing import PACKERS
@@ -49,7 +49,7 @@ def convert(source: str | Path, destination: Path, precision: str, progress: Pro
         Where the source is damaged, or the disk too small or not to be written.
     """
     folder = find_folder(source)
-    destination = destination.expanduser().resolve()
+    destination = place_of(destination)
     if destination.is_relative_to(folder.resolve()) and destination != folder.resolve():
         raise UsageError(f"{destination} lies inside {folder}, expected a place beside it.")
     config = read_config(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from npvlm.answers.detection import Detection
 from npvlm.errors import UsageError
 from npvlm.files.listing import picture_suffixes
-from npvlm.files.output import check_place, save_picture
+from npvlm.files.output import check_place, resolved, save_picture
 
 
 class Gallery:
@@ -38,7 +38,7 @@ class Gallery:
         sources: Sequence[Path],
         named: Sequence[Path],
     ) -> None:
-        self._sources = {path.resolve() for path in sources}
+        self._sources = {resolved(path) for path in sources}
         others = picture_suffixes() - {".png"}
         if output and not output.is_dir() and output.suffix.lower() in others:
             raise UsageError(f"{output}: drawn pictures are PNG; name one, or a folder.")
@@ -54,7 +54,7 @@ class Gallery:
             check_output(self._file, ".png", sources)
         for folder in filter(None, (self._folder, cutouts)):
             for name in named:
-                if name.is_dir() and folder.resolve().is_relative_to(name.resolve()):
+                if name.is_dir() and resolved(folder).is_relative_to(resolved(name)):
                     raise UsageError(
                         f"{folder} lies in {name}, whose pictures are asked about; name another."
                     )
@@ -77,9 +77,9 @@ class Gallery:
     def _new(self, folder: Path, stem: str) -> Path:
         """A name that nothing of this run has, and no picture that is asked about."""
         path, number = folder / f"{stem}.png", 2
-        while path.resolve() in self._taken | self._sources:
+        while resolved(path) in self._taken | self._sources:
             path, number = folder / f"{stem}-{number}.png", number + 1
-        self._taken.add(path.resolve())
+        self._taken.add(resolved(path))
         return path
 
 
@@ -93,7 +93,7 @@ def check_output(path: Path, ending: str, sources: Sequence[Path]) -> None:
     """
     if path.suffix.lower() != ending:
         raise UsageError(f"{path} is no name for it, expected one that ends in {ending}.")
-    if path.resolve() in {source.resolve() for source in sources}:
+    if resolved(path) in {resolved(source) for source in sources}:
         raise UsageError(f"{path} is a picture that is asked about; name another place.")
     check_place(path)
 

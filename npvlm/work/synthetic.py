@@ -22,7 +22,7 @@ import numpy as np
 from npvlm.config import Values, parse_config
 from npvlm.errors import NpvlmError
 from npvlm.files.names import Shapes, expected_shapes
-from npvlm.files.output import check_new, new_folder
+from npvlm.files.output import check_new, new_folder, place_of, scratch_folder
 from npvlm.files.published import config_values
 
 BLOCK = 4_194_301  # numbers in the block; a prime, so that no two rows of a weight are alike
@@ -56,7 +56,7 @@ def check_place(values: Values, folder: Path | None) -> None:
     if folder is None:
         check_disk(Path(tempfile.gettempdir()), weight_bytes(values))
         return
-    folder = folder.expanduser().resolve()
+    folder = place_of(folder)
     check_new(folder)
     check_disk(folder.parent, weight_bytes(values))
 
@@ -78,9 +78,9 @@ def synthetic_checkpoint(values: Values) -> Iterator[Path]:
     Parameters and errors are those of `save_checkpoint`.
     """
     check_place(values, None)
-    with tempfile.TemporaryDirectory(prefix="npvlm-") as folder:
-        _write(Path(folder), values)
-        yield Path(folder)
+    with scratch_folder(Path(tempfile.gettempdir())) as folder:
+        _write(folder, values)
+        yield folder
 
 
 def save_checkpoint(values: Values, folder: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from npvlm.config import TextConfig, Values, parse_config
 from npvlm.errors import UsageError
+from npvlm.files.output import scratch_folder
 from npvlm.work.peers.gguf import KINDS, gguf_bytes, write_gguf
 from npvlm.work.peers.process import Worker, worker
 from npvlm.work.rounds import Inputs
@@ -81,8 +82,7 @@ class Peer:
 
         llama.cpp gets a file of random weights instead, of the decoder's sizes.
         """
-        with tempfile.TemporaryDirectory(prefix="npvlm-") as name:
-            scratch = Path(name)
+        with scratch_folder(Path(tempfile.gettempdir())) as scratch:
             settings: dict[str, Any] = {"new_tokens": new_tokens, "threads": threads}
             if self.is_llama:
                 kind = KINDS[self.precision]
