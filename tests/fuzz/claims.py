@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 # What no file may bring about: code that is run, a program that is started, a line to elsewhere.
 _DEEDS = ("exec", "import", "pickle.", "marshal.", "subprocess.", "os.", "socket.", "ctypes.")
+_TURNING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the order of letters
 _HARMLESS = ("os.listdir", "os.scandir", "os.putenv", "os.unsetenv")
 _heard: list[tuple[str, str]] | None = None
 _listening = False
@@ -36,7 +37,8 @@ def _is_one_line(text: str) -> bool:
         return True
     text.encode("utf-8", "surrogateescape")
     kinds = {unicodedata.category(c) for c in text}
-    return len(text.splitlines()) == 1 and not kinds & {"Cc", "Zl", "Zp"}
+    steers = kinds & {"Cc", "Zl", "Zp"} or set(text) & _TURNING
+    return len(text.splitlines()) == 1 and not steers
 
 
 @contextmanager
