@@ -58,6 +58,7 @@ def run(target: str, runs: int, seed: int) -> int:
     """Fuzz in a process of its own; 1 where an input broke a promise."""
     corpus, crashes = HERE / "corpus" / target, HERE / "crashes" / target
     crashes.mkdir(parents=True, exist_ok=True)
+    before = set(crashes.iterdir())
     with tempfile.TemporaryDirectory() as work:
         grown, least = Path(work, "grown"), Path(work, "least")
         grown.mkdir()
@@ -84,10 +85,11 @@ def run(target: str, runs: int, seed: int) -> int:
     counts = {key: int(n) for key, n in re.findall(r"(cov|ft): (\d+)", said)}
     executed = re.findall(r"^#(\d+)\s|number_of_executed_units: (\d+)", said, re.MULTILINE)
     done = max((int(a or b) for a, b in executed), default=0)
-    note(target, done, seconds, counts, seed, ended != 0)
+    found = len(set(crashes.iterdir()) - before)
+    note(target, done, seconds, counts, seed, found)
     if ended:
         print(said[-6000:], file=sys.stderr)
-    return int(ended != 0)
+    return int(found > 0)
 
 
 def call(target: str, *arguments: str | Path) -> tuple[int, str]:
@@ -147,7 +149,7 @@ def measure(target: str) -> dict[str, Any]:
 
 
 def note(
-    target: str, done: int, seconds: float, counts: dict[str, int], seed: int, crashed: bool
+    target: str, done: int, seconds: float, counts: dict[str, int], seed: int, found: int
 ) -> None:
     """Add a run to the figures."""
     command = [sys.executable, __file__, target, "--measure"]
@@ -163,7 +165,7 @@ def note(
         "executions_per_second": round(executions / max(total, 1)),
         "runs": before.get("runs", 0) + 1,
         "seeds": sorted({*before.get("seeds", []), seed}),
-        "runs_that_found_a_crash": before.get("runs_that_found_a_crash", 0) + crashed,
+        "crashes_found": before.get("crashes_found", 0) + found,
         "edges": counts.get("cov", 0),
         "features": counts.get("ft", 0),
         "corpus": len(list((HERE / "corpus" / target).iterdir())),
