@@ -6,12 +6,19 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from npvlm import kernels
 from npvlm.config import Config
 from npvlm.model import ops as definitions
 from npvlm.model.weights import Weights
 from tests.tiny import tiny_config, tiny_weights
+
+# The same inputs at each run, so that no run fails by chance; `--hypothesis-profile thorough`
+# tries others, and more of them.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("thorough", max_examples=1000, deadline=None)
+settings.load_profile("steady")
 
 NAMESPACES = {"definitions": definitions, "kernels": kernels}
 

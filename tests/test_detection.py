@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 import npvlm
 from npvlm.answers.confidence import NEAR, PlaceWatch
+from npvlm.answers.formats import csv_line
 from npvlm.api import Model
 from npvlm.work.demo import draw_picture
 
@@ -78,3 +81,9 @@ def test_an_answer_that_is_cut_off_has_no_half_box(model) -> None:
         cut = model.detect(draw_picture(), LABELS, max_tokens=length)
         assert [box.label for box in cut.boxes] in ([], ["red circle"])
         assert cut.boxes or cut.unread
+
+
+@pytest.mark.parametrize("label", ["two\nlines", "a\rb", 'a "b", c', ""])
+def test_any_label_is_one_field_of_one_row_of_csv(label: str) -> None:
+    rows = io.StringIO(f"{csv_line(['a.png', label, 1])}\n{csv_line(['b.png', label, 2])}\n", "")
+    assert list(csv.reader(rows)) == [["a.png", label, "1"], ["b.png", label, "2"]]

@@ -175,6 +175,25 @@ def test_arrays_beside_the_manifest_of_another_run_are_refused(
         open_dump(tmp_path / "mine.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("stage", "shape", "name"),
+    [
+        ("positions", [3, 3], "positions"),
+        ("pixel_values", [1, 3, 28, 29], "pixel_values"),
+        ("positions", None, "positions.not_a_stage"),
+    ],
+)
+def test_a_manifest_whose_stages_do_not_fit_its_config_is_refused(
+    reference: Path, tmp_path: Path, stage: str, shape: list[int] | None, name: str
+) -> None:
+    notes = json.loads(reference.with_suffix(".json").read_text())
+    entry = next(entry for entry in notes["stages"] if entry["name"] == stage)
+    entry |= {"name": name, "shape": shape or entry["shape"]}
+    (tmp_path / "changed.json").write_text(json.dumps(notes))
+    with pytest.raises(NpvlmError, match=r"which no stage is in a model of the config"):
+        compare(tmp_path / "changed.json", reference)
+
+
 def test_a_manifest_is_not_written_over_that_of_another_file(traced: Trace, tmp_path: Path) -> None:
     save_trace(traced, tmp_path / "t.safetensors", NOTHING)
     with pytest.raises(UsageError, match=r"t\.json is there already"):

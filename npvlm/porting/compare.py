@@ -24,7 +24,7 @@ from npvlm.porting.kinds import Kind, best_scale, kind_of, plain
 from npvlm.porting.layouts import FROM_ZERO, PAIRS, Layout, layouts
 from npvlm.porting.names import Found, found_in, suggest, unmatched
 from npvlm.porting.replay import replay
-from npvlm.porting.stages import EXACT, SCHEMA, chosen
+from npvlm.porting.stages import EXACT, SCHEMA, chosen, fits, stages
 from npvlm.porting.statistics import rms, sketch
 from npvlm.porting.suspects import Context, Finding, accuse
 
@@ -162,6 +162,7 @@ def compare(
             f"that of {truth.manifest['model']}; name it with --model, or none."
         )
     described = truth.described()
+    _check_shapes(reference, described, config)
     asked = [name for name in described if chosen(name, only)]
     if not asked:
         raise UsageError(f"{only!r} names no stage of {reference}; docs/stages.md lists them.")
@@ -208,6 +209,19 @@ def compare(
     unread = {name: _meant(name, found, described) for name in unmatched(held, found)}
     run = f"{truth.manifest['model']}, {truth.manifest.get('prompt')!r}"
     return Report(str(reference), str(mine), run, precision, rows, unread, verdict)
+
+
+def _check_shapes(
+    reference: Path, described: Mapping[str, Mapping[str, Any]], config: Config
+) -> None:
+    """Refuse a manifest whose stages are not those of its own config."""
+    known = {one.name: one for one in stages(config)}
+    for name, entry in described.items():
+        if name not in known or not fits(known[name], config, entry["shape"]):
+            raise NpvlmError(
+                f"{reference}: {name!r:.80} is {entry['shape']!r:.60}, which no stage is in a "
+                "model of the config in its manifest; write the trace anew."
+            )
 
 
 def model_of(reference: Path) -> Model | None:

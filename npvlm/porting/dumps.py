@@ -46,6 +46,7 @@ TYPES = {
     "U8": "u1",
     "BOOL": "?",
 }
+LARGEST = 1e100  # number in a manifest: squares of such can still be added up
 NAMES = {np.dtype(kind): name for name, kind in TYPES.items() if name != "BF16"}
 
 
@@ -422,8 +423,8 @@ def _check_manifest(path: Path, notes: Mapping[str, Any]) -> None:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and 0 <= value <= LARGEST

@@ -10,6 +10,7 @@ V vocabulary · h, w height and width of the picture as it came.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -116,6 +117,14 @@ def shape_of(stage: Stage, config: Config, size: int) -> tuple[int, ...] | None:
     if len(unknown) > 1 or size % known or (not unknown and size != known):
         return None
     return tuple(sides.get(axis, size // known) for axis in stage.axes)
+
+
+def fits(stage: Stage, config: Config, shape: Sequence[int]) -> bool:
+    """Whether a stage of this model can have this shape."""
+    sides = _sides(stage, config)
+    return len(shape) == len(stage.axes) and all(
+        sides.get(axis, side) == side for axis, side in zip(stage.axes, shape, strict=True)
+    )
 
 
 def row_size(stage: Stage, config: Config) -> int:
