@@ -77,8 +77,8 @@ def yolo_lines(detection: Detection, numbers: dict[str, int]) -> list[str]:
 def csv_line(values: Iterable[object]) -> str:
     """One line of CSV, quoted where it must be."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue()
+    csv.writer(line).writerow(values)  # its line ends, \r\n, are what is quoted in a value
+    return line.getvalue().removesuffix("\r\n")
 
 
 def csv_lines(detection: Detection) -> list[str]:
