@@ -118,7 +118,7 @@ def test_any_text_stays_one_value_of_one_row_of_csv(text: str) -> None:
     assert list(csv.reader(io.StringIO(line + "\n", newline=""))) == [[text, "1"]]
 
 
-# --- the result of one picture ---------------------------------------------------------------------
+# --- the result of one picture --------------------------------------------------------------------
 
 
 def test_a_detection_says_corners_masks_and_outlines(found) -> None:
