@@ -66,6 +66,8 @@ def test_the_box_of_a_broken_mask_is_kept() -> None:
         "<loc001>" * 4,
         "<loc0500><loc0100><loc0500><loc0200> flat",
         "<loc0100><loc0500><loc0200><loc0400> backwards",
+        "<loc0300><loc0100><loc0200><loc0900> upside down",
+        "<loc0100><loc0500><loc0200><loc0500> a line",
         CODES,
     ],
 )
@@ -78,6 +80,10 @@ def test_words_before_a_box_and_a_broken_end_are_kept_beside_it() -> None:
     found = parse_boxes(f"look: {BOX} cat ; <loc0001><loc00", 8, 8)
     assert [box.label for box in found.boxes] == ["cat"]
     assert found.unread == ["look:", "<loc0001><loc00"]
+
+
+def test_what_is_no_box_is_kept_without_the_semicolon_behind_it() -> None:
+    assert parse_boxes(f"nothing ;; {BOX} cat; ;", 8, 8).unread == ["nothing"]
 
 
 def test_the_end_of_an_answer_that_was_cut_off_stays_text() -> None:
