@@ -98,6 +98,7 @@ def test_a_box_s_confidence_is_of_its_own_places_and_label() -> None:
     first, second = parse_boxes(text, 8, 8).boxes
     assert [text[slice(*span)] for span in first.spans] == [BOX]
     assert [text[slice(*span)] for span in second.spans] == [BOX, "cat"]
+    assert parse_boxes(f"{BOX} ;", 8, 8).boxes[0].spans == ((0, len(BOX)),)
 
 
 TOKENS = st.sampled_from(

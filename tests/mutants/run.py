@@ -48,7 +48,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "build" / "mutants"
-FIGURES = Path(__file__).parent / "figures.md"
+FIGURES = Path(__file__).with_name("figures.md")
+EQUIVALENT = Path(__file__).with_name("equivalent.diff")
 
 # The files of each group, and the tests that hold them; twins of operations hold no definition.
 GROUPS = {
@@ -366,9 +367,19 @@ def try_group(group: str, again: bool, sample: int | None) -> None:
         pytest.main([*options, *(str(path) for path in tests if path.exists())], plugins=[runner])
 
 
+def equivalent() -> dict[tuple[str, str], str]:
+    """The mutants that no test can notice, by file and change, and why; from equivalent.diff."""
+    found = {}
+    for block in EQUIVALENT.read_text().split("\n# ")[1:]:
+        head, diff = block.rstrip().split("\n", 1)
+        file, reason = head.split(": ", 1)
+        found[file, diff] = reason
+    return found
+
+
 def figures() -> str:
     """The counts of every file, and every mutant that survived, as Markdown."""
-    rows, survivors = [], []
+    rows, survivors, reasons = [], [], equivalent()
     whole = Counter[str]()
     for group in GROUPS:
         results, total = kept(group), Counter[str]()
@@ -377,23 +388,31 @@ def figures() -> str:
             result = results.get(mutant.key, "not tried")
             by_file[mutant.file][result] += 1
             if result in ("survived", "untested"):
-                survivors.append(f"# {mutant.file}:{mutant.line} {result}\n{mutant.diff}")
+                reason = reasons.get((mutant.file, mutant.diff))
+                by_file[mutant.file]["equivalent"] += bool(reason)
+                said = reason or ("" if result == "survived" else "touched by no test")
+                survivors.append(f"# {mutant.file}:{mutant.line} {said}".rstrip())
+                survivors.append(mutant.diff)
         for file, counts in by_file.items():
             rows.append(row(file, counts))
             total += counts
         if len(by_file) > 1:
             rows.append(row(f"**{group}**", total))
         whole += total
+    head = "file | mutants | tried | killed | timed out | survived | of them equivalent | noticed"
     return "\n".join(
         [
             "# Mutants",
             "",
-            "Written by `python -m tests.mutants.run`, whose docstring says what is counted.",
+            "Written by `python -m tests.mutants.run`, whose docstring says what is counted. The",
+            "last column is killed and timed out, of all that were tried, equivalent ones too.",
             "",
-            "| file | mutants | tried | killed | timed out | survived | untested | noticed |",
+            f"| {head} |",
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
             *rows,
             row("**all**", whole),
+            "",
+            "The survivors; behind some, why no test can notice them.",
             "",
             "```diff",
             *survivors,
@@ -404,16 +423,20 @@ def figures() -> str:
 
 
 def row(name: str, counts: Counter[str]) -> str:
-    tried = counts.total() - counts["not tried"]
-    parts = [counts[result] for result in ("killed", "timed out", "survived", "untested")]
-    share = f"{100 * sum(parts[:2]) / tried:.1f} %" if tried else ""
-    cells = [name, counts.total(), tried, *parts, share]
+    killed, timed_out = counts["killed"], counts["timed out"]
+    survived = counts["survived"] + counts["untested"]
+    tried = killed + timed_out + survived
+    made = tried + counts["not tried"]
+    share = f"{100 * (killed + timed_out) / tried:.1f} %" if tried else ""
+    cells = [name, made, tried, killed, timed_out, survived, counts["equivalent"], share]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="what to change")
+    parser.add_argument(
+        "groups", nargs="*", choices=[*GROUPS, []], metavar="GROUP", help="what to change"
+    )
     parser.add_argument("--sample", type=int, help="so many of the group's mutants, drawn by lot")
     parser.add_argument("--again", action="store_true", help="those that no test noticed so far")
     asked = parser.parse_args()
