@@ -29,6 +29,7 @@ import gc
 import hashlib
 import importlib
 import json
+import math
 import os
 import pickle
 import random
@@ -72,7 +73,8 @@ GROUPS = {
 }
 # A test that takes more CPU seconds is shown no mutant; nor is one that starts a process, which
 # would run the sources as they are.
-SLOW = 3.0
+SLOW = 1.5
+ENOUGH = 1.0  # CPU seconds of tests that a mutant is shown, the cheapest first
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ class Runner:
                     f"{time.strftime('%T')} {self.group} {number}/{len(self.mutants)}", flush=True
                 )
             found = tests.get(f"{mutant.file} {mutant.function}")
-            result = self.tried(mutant, in_order(found), caches) if found else "untested"
+            result = self.tried(mutant, in_order(found, ENOUGH), caches) if found else "untested"
             keep(self.group, mutant, result)
         return True
 
@@ -312,14 +314,19 @@ class Runner:
         return "timed out" if os.WTERMSIG(status) in limits else "killed"
 
 
-def in_order(tests: dict[Any, float]) -> dict[Any, float]:
-    """The cheapest file first, and in it the cheapest test: fixtures serve a file's tests once."""
+def in_order(tests: dict[Any, float], most: float = math.inf) -> dict[Any, float]:
+    """The cheapest file first, and in it the cheapest test, until they take too long together.
+
+    File by file, because fixtures serve a file's tests once.
+    """
     files = Counter[Path]()
     for item, cost in tests.items():
         files[item.path] += cost
-    return dict(
-        sorted(tests.items(), key=lambda test: (files[test[0].path], test[0].path, test[1]))
-    )
+    chosen: dict[Any, float] = {}
+    for item, cost in sorted(tests.items(), key=lambda t: (files[t[0].path], t[0].path, t[1])):
+        if sum(chosen.values()) < most:
+            chosen[item] = cost
+    return chosen
 
 
 # --- what is kept and shown ---------------------------------------------------------------------
