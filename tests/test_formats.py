@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,6 +132,13 @@ def test_a_detection_says_corners_masks_and_outlines(found) -> None:
     assert list(owl) == ["label", "box", "confidence", "mask", "polygons"]
     assert owl["mask"] == coco(found)["annotations"][1]["segmentation"]
     assert sorted(owl["polygons"][0]) == sorted([100, 100, 110, 100, 110, 140, 100, 140])
+
+
+def test_corners_of_outlines_have_two_digits(found) -> None:
+    edge = np.array([[1, -2], [1, -2]], np.float32)  # a third of the way from 12.5 to 17.5
+    box = Box("", 10, 10, 20, 30, painted=edge)
+    [ring] = replace(found[0], boxes=[box]).to_dict()["boxes"][0]["polygons"]
+    assert sorted(ring) == sorted([10, 10, 14.17, 10, 14.17, 30, 10, 30])
 
 
 def test_a_thing_without_a_mask_is_its_whole_box(found) -> None:

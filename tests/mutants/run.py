@@ -52,8 +52,10 @@ GROUPS = {
     ),
     "answers": (
         ["answers/*.py"],
-        "boxes masks detection drawing explain explanation_page explanation_sheet heat scores "
-        "formats tasks api",
+        (
+            "boxes masks outlines detection drawing explain explanation_page explanation_sheet heat"
+            " scores formats tasks api"
+        ),
         "",
     ),
     "files": (
