@@ -114,6 +114,17 @@ def test_the_outline_of_a_mask_grows_with_a_small_picture() -> None:
     assert washed not in (GROUND, COLOURS[0], WHITE) and row[150] == GROUND
 
 
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+def test_a_picture_of_any_kind_is_drawn_on_in_colour(mode: str) -> None:
+    drawn = draw_boxes(Image.new("RGB", (400, 400)).convert(mode), [Box("", 10, 10, 90, 90)])
+    assert drawn.mode == "RGB" and drawn.getpixel((50, 12)) == COLOURS[0]
+
+
+def test_an_enlarged_picture_has_its_pixels_as_squares() -> None:
+    picture = Image.fromarray(np.array([[[9, 9, 9], [200, 100, 0]]], np.uint8))
+    assert picture.resize((400, 200), Image.Resampling.NEAREST) == draw_boxes(picture, [])
+
+
 @pytest.mark.parametrize("box", [(100, 100, 101, 300), (100, 100, 300, 101), (100, 100, 102, 102)])
 def test_a_box_too_thin_for_two_lines_has_its_edge_alone(box) -> None:
     pixels = drawn([Box("", *box)])

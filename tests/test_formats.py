@@ -13,8 +13,9 @@ from PIL import Image
 
 from npvlm.answers.answer import Answer, Seconds
 from npvlm.answers.boxes import Box
-from npvlm.answers.detection import Detection
+from npvlm.answers.detection import Detection, Paint, read_detection
 from npvlm.answers.formats import coco, csv_line, csv_lines, label_numbers, yolo_lines
+from tests.test_boxes import Letters
 
 LEFT_HALF = np.where(np.arange(64) < 32, 1, -1).astype(np.float32) * np.ones((64, 1), np.float32)
 
@@ -117,6 +118,51 @@ def test_csv_reads_back_whatever_the_label(found) -> None:
 def test_any_text_stays_one_value_of_one_row_of_csv(text: str) -> None:
     line = csv_line([text, 1])
     assert list(csv.reader(io.StringIO(line + "\n", newline=""))) == [[text, "1"]]
+
+
+# --- reading an answer ----------------------------------------------------------------------------
+
+PLAIN = "<loc0000><loc0000><loc0341><loc1023> cat"
+MASKED = "<loc0000><loc0000><loc0682><loc0341>" + "<seg009>" * 16 + " dog"
+
+
+def read(text: str, paint: Paint | None = None, bins: int = 1023) -> list[Box]:
+    """The boxes of an answer about a picture of 300 x 90."""
+    answer = replace(
+        detection("a.png", [], []).answer,
+        text=text,
+        token_ids=[*text.encode()],
+        nearby=[-0.125] * len(text),
+    )
+    return read_detection(answer, "a.png", (300, 90), Letters(), paint, bins).boxes
+
+
+def test_an_answer_is_read_at_the_size_of_its_picture_and_in_its_bins() -> None:
+    [box] = read(PLAIN)
+    assert (box.x0, box.y0, box.x1, box.y1) == (0, 0, 300, 30)
+    assert box.confidence == pytest.approx(np.exp(-0.125 * len(PLAIN.replace(" ", ""))))
+    [box] = read(PLAIN, bins=1024)
+    assert box.x1 == pytest.approx(300 * 1023 / 1024)
+
+
+def test_only_what_has_codes_is_painted_and_each_with_its_own_mask() -> None:
+    asked = []
+
+    def paint(codes: np.ndarray) -> np.ndarray:
+        asked.append(codes.tolist())
+        return np.arange(len(codes) * 4, dtype=np.float32).reshape(-1, 2, 2)
+
+    other = MASKED.replace("<seg009>", "<seg010>")
+    boxes = read(f"{MASKED} ; {PLAIN} ; {other}", paint)
+    assert asked == [[[9] * 16, [10] * 16]]
+    painted = [
+        box.painted if box.painted is None else box.painted.ravel().tolist() for box in boxes
+    ]
+    assert painted == [[0, 1, 2, 3], None, [4, 5, 6, 7]]
+    assert read(PLAIN, paint) and len(asked) == 1
+    assert [box.painted for box in read(MASKED)] == [None]
+    with pytest.raises(ValueError, match="shorter"):
+        read(MASKED, lambda codes: np.empty((0, 2, 2), np.float32))
 
 
 # --- the result of one picture --------------------------------------------------------------------

@@ -54,7 +54,7 @@ GROUPS = {
         ["answers/*.py"],
         (
             "boxes masks outlines detection drawing explain explanation_page explanation_sheet heat"
-            " scores formats tasks api"
+            " scores formats tasks fonts api"
         ),
         "",
     ),

@@ -102,24 +102,28 @@ class Runner:
         caches = [o for o in gc.get_objects() if isinstance(o, functools._lru_cache_wrapper)]
         caches = [c for c in caches if c.__module__.split(".")[0] in ("npvlm", "tests", "golden")]
         every = {item: cost for found in tests.values() for item, cost in found.items()}
-        if self.tried(None, in_order(every), caches) != "survived":
+        none = Counter[Any]()
+        if self.tried(None, in_order(every, none), caches, none) != "survived":
             raise AssertionError("a test fails in a child whose sources are unchanged")
+        kills: dict[str, Counter[Any]] = defaultdict(Counter)  # by function: what each test noticed
         for number, mutant in enumerate(self.mutants):
             if number % 50 == 0:
                 print(f"{time.strftime('%T')} {number} of {len(self.mutants)}", flush=True)
-            found = tests.get(f"{mutant.file} {mutant.function}")
-            result = self.tried(mutant, in_order(found, ENOUGH), caches) if found else "untested"
+            name, result = f"{mutant.file} {mutant.function}", "untested"
+            if found := tests.get(name):
+                chosen = in_order(found, kills[name], ENOUGH)
+                result = self.tried(mutant, chosen, caches, kills[name])
             self.keep(mutant, result)
         return True
 
-    def passes(self, items: list[Any]) -> bool:
-        """Run tests here, until one fails."""
+    def failing(self, items: list[Any]) -> int | None:
+        """Run tests here, until one fails; its number."""
         self.reports.clear()
-        for item, following in zip(items, [*items[1:], None], strict=True):
+        for number, (item, following) in enumerate(zip(items, [*items[1:], None], strict=True)):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if any(report.failed for report in self.reports):
-                return False
-        return True
+                return number
+        return None
 
     def watched(self, items: list[Any]) -> dict[str, dict[Any, float]]:
         """Run all tests and note those that touch a function, each with its CPU seconds.
@@ -168,8 +172,14 @@ class Runner:
         print(f"{len(found)} functions, {len(items)} tests, {sum(cost.values()):.0f} s", flush=True)
         return found
 
-    def tried(self, mutant: Mutant | None, tests: dict[Any, float], caches: list[Any]) -> str:
-        """Run the tests on a mutant, or none, in a child, and say how that ended."""
+    def tried(
+        self,
+        mutant: Mutant | None,
+        tests: dict[Any, float],
+        caches: list[Any],
+        kills: Counter[Any],
+    ) -> str:
+        """Run the tests on a mutant, or none, in a child; say how that ended, and count by what."""
         place = tempfile.mkdtemp(prefix="mutant-")
         seconds = 3 * sum(tests.values()) + 3
         sys.stdout.flush()
@@ -191,7 +201,10 @@ class Runner:
             except BaseException:
                 os._exit(UNTESTED)
             try:
-                os._exit(0 if self.passes(items) else 1)
+                if (number := self.failing(items)) is None:
+                    os._exit(0)
+                (Path(place) / "by").write_text(str(number))
+                os._exit(1)
             except BaseException:  # a mutant may stop pytest itself
                 os._exit(1)
         watched = os.pidfd_open(child)
@@ -199,6 +212,8 @@ class Runner:
             os.killpg(child, signal.SIGKILL)
         os.close(watched)
         _, status = os.waitpid(child, 0)
+        if (by := Path(place) / "by").exists():
+            kills[list(tests)[int(by.read_text())]] += 1
         shutil.rmtree(place, ignore_errors=True)
         if os.WIFEXITED(status):
             return {0: "survived", UNTESTED: "untested"}.get(os.WEXITSTATUS(status), "killed")
@@ -206,8 +221,10 @@ class Runner:
         return "timed out" if os.WTERMSIG(status) in limits else "killed"
 
 
-def in_order(tests: dict[Any, float], most: float = math.inf) -> dict[Any, float]:
-    """The cheapest file first, and in it the cheapest test, until they take too long together.
+def in_order(
+    tests: dict[Any, float], kills: Counter[Any], most: float = math.inf
+) -> dict[Any, float]:
+    """The tests that noticed most, then the cheapest file's, until they take too long together.
 
     File by file, because fixtures serve a file's tests once.
     """
@@ -215,7 +232,7 @@ def in_order(tests: dict[Any, float], most: float = math.inf) -> dict[Any, float
     for item, cost in tests.items():
         files[item.path] += cost
     chosen: dict[Any, float] = {}
-    for item, cost in sorted(tests.items(), key=lambda t: (files[t[0].path], t[0].path, t[1])):
+    for item in sorted(tests, key=lambda t: (-kills[t], files[t.path], t.path, tests[t])):
         if sum(chosen.values()) < most:
-            chosen[item] = cost
+            chosen[item] = tests[item]
     return chosen
