@@ -64,16 +64,19 @@ def test_linear_is_the_product_with_the_unpacked_weight_in_every_block(
 
 
 def test_linear_widens_each_row_once_and_never_more_than_a_block(rng, monkeypatch) -> None:
+    """To the type of the inputs: no wider."""
     widened = []
 
     def recorded(weight, dtype):
-        widened.append(len(weight))
-        return unpack(weight, dtype)
+        wide = unpack(weight, dtype)
+        widened.append((len(wide), wide.dtype))
+        return wide
 
     monkeypatch.setattr(definitions, "BLOCK", 30)
     monkeypatch.setattr(definitions, "unpack", recorded)
-    definitions.linear(rng.standard_normal((2, 9)), bf16(rng.standard_normal((11, 9))))
-    assert widened == [3, 3, 3, 2]
+    x = rng.standard_normal((2, 9)).astype(np.float32)
+    definitions.linear(x, rng.standard_normal((11, 9)).astype(np.float16))
+    assert widened == [(rows, np.float32) for rows in (3, 3, 3, 2)]
 
 
 @pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
