@@ -83,7 +83,9 @@ def strip_of(box: Box, size: tuple[int, int] = (400, 400)) -> tuple[int, int, in
     return columns.min(), rows.min(), columns.max(), rows.max()
 
 
-@pytest.mark.parametrize(("size", "line"), [((400, 300), 2), ((300, 1000), 4), ((2000, 900), 8)])
+@pytest.mark.parametrize(
+    ("size", "line"), [((400, 300), 2), ((300, 1000), 4), ((1126, 300), 5), ((2000, 900), 8)]
+)
 def test_the_line_of_a_box_has_its_colour_between_black_edges(size, line: int) -> None:
     x0, y0, x1, y1 = 50, 60, 250, 280
     pixels = drawn([Box("", x0, y0, x1, y1)], size)
@@ -145,14 +147,50 @@ def test_a_label_lies_above_its_box_else_below_else_within() -> None:
     assert x1 == 399 and x0 < 380  # and none on the right
 
 
-def test_three_labels_of_one_place_take_three_strips_with_no_gap() -> None:
-    boxes = [Box(name, 100, 100, 300, 300) for name in ("one", "two", "six")]
+def test_labels_of_one_place_stand_above_below_and_then_within_without_a_gap() -> None:
+    boxes = [Box(name, 100, 100, 300, 300) for name in ("aa", "ab", "ac", "ad", "ae", "af")]
     column = drawn(boxes)[:, 101]  # before the letters
-    first, second, third = (np.flatnonzero((column == c).all(-1)).tolist() for c in COLOURS[:3])
-    heights = [bottom - top for _, top, _, bottom in map(strip_of, boxes)]
-    assert first == [*range(100 - heights[0], 100)]
-    assert second == [*range(300, 301 + heights[1])]
-    assert third[: heights[2] + 1] == [*range(100, 101 + heights[2])]
+    _, top, _, bottom = strip_of(boxes[0])
+    height = bottom - top
+    tops = [100 - height, 300, 100, 300 - height, 100 + height, 100 + 2 * height]
+    for colour, top in zip(COLOURS, tops, strict=False):
+        rows = np.flatnonzero((column == colour).all(-1)).tolist()
+        assert set(range(top + 1, top + height)) <= set(rows)
+
+
+def test_a_label_below_may_end_where_the_picture_ends() -> None:
+    _, top, _, bottom = strip_of(Box("cat", 100, 200, 300, 300))
+    lowest = 400 - (bottom - top)
+    assert strip_of(Box("cat", 100, 5, 300, lowest))[1] == lowest
+    assert strip_of(Box("cat", 100, 5, 300, lowest + 2))[1] < 10
+
+
+@pytest.mark.parametrize("x", [0, -20, 790])
+def test_a_label_begins_with_its_box_but_stays_on_the_picture(x: int) -> None:
+    left, _, right, _ = strip_of(Box("cat", x, 200, 795, 250), (800, 300))
+    assert (left == 0) if x <= 0 else (right == 799)
+
+
+def test_letters_have_the_same_margin_on_opposite_sides() -> None:
+    size, line = (2000, 900), 8
+    box = Box("HH", 100, 300, 700, 800)
+    x0, y0, x1, y1 = strip_of(box, size)
+    strip = drawn([box], size)[y0 : y1 + 1, x0 : x1 + 1]
+    rows, columns = np.nonzero((strip != COLOURS[0]).any(-1))
+    assert abs(rows.min() - line) <= 1 and abs(y1 - y0 - rows.max() - line) <= 1
+    left, right = columns.min(), x1 - x0 - columns.max()
+    assert abs(left - right) <= 1 and line <= left < 2 * line
+
+
+def test_the_outline_of_a_mask_has_its_colour_between_white_edges_and_round_corners() -> None:
+    field = np.full((4, 4), -1, np.float32)
+    field[1:3, 1:3] = 1
+    pixels = drawn([Box("", 0, 0, 2000, 2000, painted=field)], (2000, 2000))
+    line = [tuple(pixel) for pixel in pixels[1000, 485:515]]  # the edge is at x 500
+    first = line.index(WHITE)
+    assert line[first : first + 10] == [WHITE, *[COLOURS[0]] * 8, WHITE]
+    assert first in range(9, 12)
+    assert line[first - 1] == GROUND and line[first + 10] not in (WHITE, GROUND, COLOURS[0])
 
 
 def test_letters_are_dark_on_bright_colours_and_bright_on_dark_ones() -> None:

@@ -3,14 +3,14 @@
     pip install -r tests/mutants/requirements.txt
     python -m tests.mutants.run ops answers          # groups: ops, model, answers, files
     python -m tests.mutants.run files --sample 300   # so many of the group's mutants, drawn by lot
-    python -m tests.mutants.run ops --again          # those once more that no test noticed
+    python -m tests.mutants.run ops --again          # all tests for those that none noticed so far
     python -m tests.mutants.run                      # only write figures.md anew
 
 mutmut makes the mutants: a sign turned, a bound moved by one, an argument dropped, a condition
 forced. It is not mutmut that runs them: `mutmut run` collects the tests again for each one, which
 takes ten times as long as the tests do. Here one process collects and runs the tests once, notes
 which touch which function, and forks for each mutant; the child puts the mutant's code into the
-function and runs the tests that touch it, the quickest first, until one fails.
+function and runs the tests that touch it, for a second, the quickest first, until one fails.
 
 Results are kept in build/mutants, so that a run that was broken off goes on. figures.md has the
 counts and every mutant that survived. Outside functions mutmut makes no mutants, nor of
@@ -100,7 +100,9 @@ def try_group(group: str, again: bool, sample: int | None) -> None:
     _, names, only = GROUPS[group]
     tests = [ROOT / "tests" / f"test_{name}.py" for name in names.split()]
     options = ["-s", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-k", only or "test"]
-    runner = Runner(mutants, KEPT / f"slow-{group}.json", partial(keep, group))
+    runner = Runner(
+        mutants, KEPT / f"slow-{group}.json", partial(keep, group), 20.0 if again else 1.0
+    )
     with tempfile.TemporaryDirectory() as place:
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = place
         pytest.main([*options, *(str(path) for path in tests if path.exists())], plugins=[runner])

@@ -29,7 +29,6 @@ from tests.mutants.made import Mutant
 # would run the sources as they are.
 SLOW = 1.5
 UNTESTED = 77  # the exit code of a child that could not make its mutant
-ENOUGH = 1.0  # CPU seconds of tests that a mutant is shown, the cheapest first
 
 
 def loaded(file: str, function: str) -> FunctionType:
@@ -75,9 +74,13 @@ class Runner:
     """A pytest plugin: in the place of one run of the tests, one for each mutant."""
 
     def __init__(
-        self, mutants: list[Mutant], slow: Path, keep: Callable[[Mutant, str], None]
+        self,
+        mutants: list[Mutant],
+        slow: Path,
+        keep: Callable[[Mutant, str], None],
+        enough: float,  # CPU seconds of tests that a mutant is shown
     ) -> None:
-        self.mutants, self.slow, self.keep = mutants, slow, keep
+        self.mutants, self.slow, self.keep, self.enough = mutants, slow, keep, enough
         self.reports: list[Any] = []
 
     def pytest_sessionstart(self) -> None:
@@ -111,7 +114,7 @@ class Runner:
                 print(f"{time.strftime('%T')} {number} of {len(self.mutants)}", flush=True)
             name, result = f"{mutant.file} {mutant.function}", "untested"
             if found := tests.get(name):
-                chosen = in_order(found, kills[name], ENOUGH)
+                chosen = in_order(found, kills[name], self.enough)
                 result = self.tried(mutant, chosen, caches, kills[name])
             self.keep(mutant, result)
         return True
