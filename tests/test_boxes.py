@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npvlm.answers.boxes import Box, parse_boxes
-from npvlm.answers.confidence import confidence, token_spans
+from npvlm.answers.confidence import confidence, locations, token_spans
 
 BOX = "<loc0000><loc0000><loc0512><loc0512>"
 CODES = "".join(f"<seg{i:03d}>" for i in range(16))
@@ -66,6 +66,8 @@ def test_the_box_of_a_broken_mask_is_kept() -> None:
         "<loc001>" * 4,
         "<loc0500><loc0100><loc0500><loc0200> flat",
         "<loc0100><loc0500><loc0200><loc0400> backwards",
+        "<loc0300><loc0100><loc0200><loc0900> upside down",
+        "<loc0100><loc0500><loc0200><loc0500> a line",
         CODES,
     ],
 )
@@ -80,6 +82,10 @@ def test_words_before_a_box_and_a_broken_end_are_kept_beside_it() -> None:
     assert found.unread == ["look:", "<loc0001><loc00"]
 
 
+def test_what_is_no_box_is_kept_without_the_semicolon_behind_it() -> None:
+    assert parse_boxes(f"nothing ;; {BOX} cat; ;", 8, 8).unread == ["nothing"]
+
+
 def test_the_end_of_an_answer_that_was_cut_off_stays_text() -> None:
     text = f"{BOX} cat ; {BOX} orange st"
     found = parse_boxes(text, 8, 8, whole=False)
@@ -92,6 +98,7 @@ def test_a_box_s_confidence_is_of_its_own_places_and_label() -> None:
     first, second = parse_boxes(text, 8, 8).boxes
     assert [text[slice(*span)] for span in first.spans] == [BOX]
     assert [text[slice(*span)] for span in second.spans] == [BOX, "cat"]
+    assert parse_boxes(f"{BOX} ;", 8, 8).boxes[0].spans == ((0, len(BOX)),)
 
 
 TOKENS = st.sampled_from(
@@ -147,9 +154,37 @@ def test_each_token_knows_its_characters() -> None:
     assert token_spans(Letters(), ids) == [(0, 1), (1, 3), (1, 3), (1, 3), (1, 3), (3, 3)]
 
 
+def test_tokens_that_end_within_a_character_share_what_is_shown_for_it() -> None:
+    ids = [*"a√".encode()][:-1]
+    assert token_spans(Letters(), ids) == [(0, 1), (1, 2), (1, 2)]
+
+
+class Places(Letters):
+    """A tokenizer with one id for each end of the locations."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def encode(self, text: str) -> list[int]:
+        return {"<loc0000>": [7], "<loc1023>": [self.last]}[text]
+
+
+def test_locations_are_those_of_a_whole_row_of_ids_else_none() -> None:
+    assert locations(Places(7 + 1023)) == range(7, 7 + 1024)
+    for tokenizer in (Letters(), Places(7 + 1022), Places(7 - 1023)):
+        assert locations(tokenizer) == range(0)
+
+
 def test_a_part_is_as_likely_as_its_tokens_are_together() -> None:
     spans = [(0, 1), (1, 3), (3, 3)]
     logprobs = [-1.0, -0.5, -7.0]
     assert confidence([(0, 3)], spans, logprobs) == pytest.approx(0.2231, abs=1e-4)
     assert confidence([(0, 1)], spans, logprobs) == pytest.approx(0.3679, abs=1e-4)
     assert confidence([(0, 1), (2, 3)], spans, logprobs) == pytest.approx(0.2231, abs=1e-4)
+    assert confidence([(1, 3)], spans, logprobs) == pytest.approx(0.6065, abs=1e-4)
+
+
+def test_nothing_is_surer_than_certain_and_every_token_has_its_chance() -> None:
+    assert confidence([(0, 1)], [(0, 1)], [1e-9]) == 1.0
+    with pytest.raises(ValueError, match="shorter"):
+        confidence([(0, 1)], [(0, 1), (1, 2)], [-1.0])

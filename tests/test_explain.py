@@ -115,6 +115,34 @@ def test_layers_whose_window_ends_inside_the_picture_are_left_out(
     assert (watch.mean().sum(-1) < 1).all()  # the rest went to words
 
 
+def test_the_tap_keeps_the_weights_over_the_picture_of_the_tokens_before_the_answer_s(
+    config: Config, weights: Weights, ops: ModuleType
+) -> None:
+    stages: dict[str, Array] = {}
+    prompt, features, text = tiny_prompt(config, 4), features_of(config), config.text_config
+    watch = AttentionTap(text, len(prompt), len(ANSWER), len(features))
+
+    def both(name: str, value: Array) -> Array:
+        stages[name] = value.copy()
+        return watch(name, value)
+
+    read_answer(prompt, ANSWER, features, weights, config, range(0), ops=ops, tap=both)
+    assert watch.layers
+    length = len(prompt) + len(ANSWER) - 1
+    for layer, found in watch.layers.items():
+        name = f"language_model.model.layers.{layer}.self_attn"
+        q, k = stages[f"{name}.q_rope"][-len(ANSWER) :], stages[f"{name}.k_rope"]
+        for i, h in np.ndindex(len(ANSWER), text.num_attention_heads):
+            at = len(prompt) - 1 + i  # sees itself and all before
+            scores = k[: at + 1, h * k.shape[1] // q.shape[1]] @ q[i, h] * text.attention_scale
+            if cap := text.attn_logit_softcapping:
+                scores = cap * np.tanh(scores / cap)
+            expected = np.exp(scores - scores.max())
+            expected = (expected / expected.sum())[: len(features)]
+            np.testing.assert_allclose(found[h, i], expected, rtol=1e-4, atol=1e-7)
+        assert len(k) == length
+
+
 def test_an_answer_read_at_once_has_the_probabilities_of_the_whole_pass(
     config: Config, weights: Weights, ops: ModuleType
 ) -> None:

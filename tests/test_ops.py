@@ -9,7 +9,7 @@ import pytest
 
 from npvlm.model import ops as definitions
 from npvlm.model.tap import closed
-from npvlm.model.weights import BFloat16, unpack
+from npvlm.model.weights import PACKERS, BFloat16, Int8, quantize, rotate, unpack
 
 FLOATS = [np.float32, np.float64]
 
@@ -61,6 +61,35 @@ def test_linear_is_the_product_with_the_unpacked_weight_in_every_block(
     bias = rng.standard_normal(11)
     expected = np.einsum("ti,oi->to", x, unpack(stored, np.float64)) + bias
     np.testing.assert_allclose(ops.linear(x, stored, bias), expected, rtol=0, atol=1e-13)
+
+
+def test_linear_widens_each_row_once_and_never_more_than_a_block(rng, monkeypatch) -> None:
+    """To the type of the inputs: no wider."""
+    widened = []
+
+    def recorded(weight, dtype):
+        wide = unpack(weight, dtype)
+        widened.append((len(wide), wide.dtype))
+        return wide
+
+    monkeypatch.setattr(definitions, "BLOCK", 30)
+    monkeypatch.setattr(definitions, "unpack", recorded)
+    x = rng.standard_normal((2, 9)).astype(np.float32)
+    definitions.linear(x, rng.standard_normal((11, 9)).astype(np.float16))
+    assert widened == [(rows, np.float32) for rows in (3, 3, 3, 2)]
+
+
+@pytest.mark.parametrize("pack", PACKERS.values(), ids=PACKERS)
+def test_sums_of_whole_numbers_are_rounded_to_float32_before_the_scales_come(rng, pack) -> None:
+    spread = rng.uniform(0.5, 1, (4, 2**13)).astype(np.float32)
+    x = rotate(spread, 1024)  # so that its rotation, its own inverse, has sums over 2**24
+    w = pack(x[::-1])
+    values, scales = quantize(rotate(x, w.block))
+    stored = w.values if isinstance(w, Int8) else w.rotated()
+    sums = values.astype(np.float64) @ stored.T.astype(np.float64)
+    assert not np.array_equal(sums, sums.astype(np.float32))
+    factors = scales[:, None] * (w.scales if isinstance(w, Int8) else 1)
+    np.testing.assert_array_equal(definitions.linear(x, w), sums.astype(np.float32) * factors)
 
 
 def test_patch_embed_is_a_convolution_whose_stride_is_its_kernel(ops, rng) -> None:
@@ -175,6 +204,16 @@ def test_attend_is_blind_to_rows_outside_the_interval(ops, rng) -> None:
     seen = ops.attend(q, k, v, first, first, last, 1.0)
     k[0], v[0], k[3], v[3] = np.nan, np.nan, np.inf, np.inf
     np.testing.assert_array_equal(ops.attend(q, k, v, first, first, last, 1.0), seen)
+
+
+def test_attend_scores_one_head_of_one_sequence_at_a_time(rng, monkeypatch) -> None:
+    scored = []
+    softmax = definitions.softmax
+    monkeypatch.setattr(definitions, "softmax", lambda x: (scored.append(x.shape), softmax(x))[1])
+    start = np.array([0, 0, 2, 2, 2])
+    q, k, v = (rng.standard_normal((5, 2, 3)) for _ in range(3))
+    definitions.attend(q, k, v, start, start, np.array([2, 2, 5, 5, 4]), 1.0)
+    assert scored == [(2, 2), (2, 2), (3, 3), (3, 3)]
 
 
 def test_gelu_follows_its_formula_and_limits(ops) -> None:

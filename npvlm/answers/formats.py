@@ -77,7 +77,7 @@ def yolo_lines(detection: Detection, numbers: dict[str, int]) -> list[str]:
 def csv_line(values: Iterable[object]) -> str:
     """One line of CSV, quoted where it must be."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="\r\n").writerow(values)  # what ends lines is quoted
+    csv.writer(line).writerow(values)  # its line ends, \r\n, are what is quoted in a value
     return line.getvalue().removesuffix("\r\n")
 
 
