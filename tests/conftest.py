@@ -6,7 +6,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from npvlm import kernels
 from npvlm.config import Config
@@ -16,8 +16,9 @@ from tests.tiny import tiny_config, tiny_weights
 
 # The same inputs at each run, so that no run fails by chance; `--hypothesis-profile thorough`
 # tries others, and more of them.
-settings.register_profile("steady", derandomize=True, deadline=None)
-settings.register_profile("thorough", max_examples=1000, deadline=None)
+busy = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # as machines may be
+settings.register_profile("steady", busy, derandomize=True)
+settings.register_profile("thorough", busy, max_examples=1000)
 settings.load_profile("steady")
 
 NAMESPACES = {"definitions": definitions, "kernels": kernels}

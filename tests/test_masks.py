@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from safetensors.numpy import save_file
 
 from npvlm.answers.boxes import Box
+from npvlm.answers.drawing import draw_boxes
 from npvlm.answers.masks import cut_out, outlines, place, run_lengths
 from npvlm.api import BUNDLED
 from npvlm.errors import NpvlmError
@@ -77,6 +78,13 @@ def test_outlines_of_noise_close_and_never_fail() -> None:
         rings = outlines(rng.standard_normal((9, 7)).astype(np.float32), Box("", 0, 0, 70, 90))
         assert all(len(ring) >= 3 for ring in rings)
         assert all(0 <= x <= 70 and 0 <= y <= 90 for ring in rings for x, y in ring)
+
+
+def test_a_speck_too_small_for_corners_is_no_outline() -> None:
+    speck = np.full((3, 3), -1, np.float32)
+    speck[1, 1] = 1e-5
+    assert outlines(speck, Box("", 0, 0, 1, 1)) == []
+    draw_boxes(Image.new("RGB", (9, 9)), [Box("", 0, 0, 1, 1, painted=speck)])
 
 
 def test_a_hole_is_no_outline_of_its_own() -> None:

@@ -74,8 +74,8 @@ def outlines(field: Field, box: Box) -> list[list[Point]]:
             ring.append(after)
             after = follow.pop(after)
         points = [_crossing(edge, edged, down, across) for edge in ring]
-        if _area(points) > 0:
-            rings.append(_bends(points))
+        if _area(points) > 0 and len(corners := _bends(points)) > 2:  # else a speck, or a hole
+            rings.append(corners)
     return rings
 
 
