@@ -13,6 +13,7 @@ from npvlm.cli.commands import npvlm as commands
 
 ROOT = Path(npvlm.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TRUST = (ROOT / "docs" / "trust.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 SHELL = [line for language, block in BLOCKS if language == "sh" for line in block.splitlines()]
 
@@ -48,3 +49,12 @@ def test_files_that_the_readme_links_to_exist() -> None:
 def test_the_exit_codes_of_the_readme_are_those_of_the_errors() -> None:
     assert f"| {npvlm.UsageError.exit_code} | bad use" in README
     assert f"| {npvlm.NpvlmError.exit_code} | a model, a file or the machine" in README
+
+
+def test_every_test_that_the_page_on_trust_names_is_there() -> None:
+    named = set(re.findall(r"`(?:tests/)?(test_\w+|Test\w+)(?:\.py)?`", TRUST))
+    files = list((ROOT / "tests").glob("test_*.py"))
+    there = {file.stem for file in files}
+    for file in files:
+        there |= set(re.findall(r"^ *(?:def|class) (test_\w+|Test\w+)", file.read_text(), re.M))
+    assert len(named) > 50 and named <= there
