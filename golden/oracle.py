@@ -547,6 +547,17 @@ def run(
 
 
 @torch.no_grad()
+def logits(
+    model: PaliGemmaForConditionalGeneration, pixels: np.ndarray, ids: list[int], answer: list[int]
+) -> np.ndarray:
+    """The logits [T, V] of one uncached pass, whatever stands in the modules' places.
+
+    pixels [N, 3, R, R]
+    """
+    return _rows(model(**_inputs(model, pixels, ids, answer), use_cache=False).logits)
+
+
+@torch.no_grad()
 def run_float64(
     truth: PaliGemmaForConditionalGeneration, pixels: np.ndarray, ids: list[int], answer: list[int]
 ) -> tuple[Stages, int]:

@@ -53,6 +53,7 @@ from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.decoding.score import score
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files import hub
+from npvlm.files.adapters import Adapter, open_adapter
 from npvlm.files.checkpoint import open_checkpoint
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.packed import at_precision
@@ -91,7 +92,12 @@ __all__ = [
 _COMPUTING = threading.Lock()
 
 
-def load(model: str | Path = "shapes", precision: str | None = None, ops: str = "kernels") -> Model:
+def load(
+    model: str | Path = "shapes",
+    precision: str | None = None,
+    ops: str = "kernels",
+    adapter: str | Path | None = None,
+) -> Model:
     """Open a model. Weights are memory-mapped: nothing is read before it is needed.
 
     Parameters
@@ -103,6 +109,8 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
         by default what `npvlm convert` packed the folder for, float32 for any other. Weights that
         are not stored so are rounded or packed in memory, which takes time and room
     ops : "kernels", or "numpy" for the definitions in plain NumPy
+    adapter : a folder with a LoRA as PEFT saves it. It stays beside the weights, which may be
+        packed, and is named in answers: "MODEL+ADAPTER"
 
     Raises
     ------
@@ -117,12 +125,19 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
     if not config.eos_token_ids:
         config = replace(config, eos_token_ids=(tokenizer.eos_id,))
     preprocessor = read_preprocessor(folder, config)
-    weights, precision, namespace = open_weights(folder, config, precision, ops)
-    return Model(str(model), folder, config, weights, tokenizer, preprocessor, precision, namespace)
+    opened = open_adapter(Path(adapter).expanduser()) if adapter is not None else None
+    weights, precision, namespace = open_weights(folder, config, precision, ops, opened)
+    name = str(model) if adapter is None else f"{model}+{adapter}"
+    read = tokenizer, preprocessor
+    return Model(name, folder, config, weights, *read, precision, namespace, opened)
 
 
 def open_weights(
-    folder: Path, config: Config, precision: str | None, ops: str
+    folder: Path,
+    config: Config,
+    precision: str | None,
+    ops: str,
+    adapter: Adapter | None = None,
 ) -> tuple[Weights, str, ModuleType]:
     """The weights of a folder as a precision computes with them, its name, and what computes.
 
@@ -130,8 +145,13 @@ def open_weights(
     """
     precision = _precision(folder, config, precision)
     namespace, packers = _namespace(ops)
-    stored = open_checkpoint(folder, config)
-    weights = stored if config.quantization else at_precision(stored, precision, packers)
+    weights = open_checkpoint(folder, config)
+    if adapter:
+        weights = adapter.replace(weights)
+    if not config.quantization:
+        weights = at_precision(weights, precision, packers)
+    if adapter:
+        weights = adapter.correct(weights)
     return Weights(weights), precision, namespace
 
 
@@ -203,6 +223,7 @@ class Model:
     preprocessor: Preprocessor
     precision: str
     ops: ModuleType = field(repr=False)
+    adapter: Adapter | None = None
 
     def generate(
         self,

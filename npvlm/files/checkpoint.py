@@ -199,7 +199,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     others = sorted({file.name for kind in OTHER_FORMATS for file in folder.glob(kind)})
     if others:
         raise NpvlmError(
-            f"{folder} has {_listed(others, 3)} and no {SINGLE}; npvlm reads safetensors only: "
+            f"{folder} has {listed(others, 3)} and no {SINGLE}; npvlm reads safetensors only: "
             "fetch the model's safetensors files, or save it again with transformers"
         )
     raise NpvlmError(f"{folder} has neither {SINGLE} nor {INDEX}; copy the weights into it")
@@ -227,7 +227,7 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise NpvlmError(
             f"{index} names {len(shards)} files and {len(missing)} of them are missing: "
-            f"{_listed(missing)}; copy them into {index.parent}"
+            f"{listed(missing)}; copy them into {index.parent}"
         )
     return shards
 
@@ -278,7 +278,7 @@ def _check(folder: Path, stored: dict[str, Stored], expected: _Expected, config:
     """Hold the tensors that are there against those that must be, in one message."""
     found = _differences(stored, expected)
     faults = [
-        f"{len(names)} {kind} ({_listed(grouped(names), _KINDS)})" for kind, names in found.said()
+        f"{len(names)} {kind} ({listed(grouped(names), _KINDS)})" for kind, names in found.said()
     ]
     if faults:
         hint = _hint(found.missing, found.unexpected, stored, expected, config)
@@ -353,7 +353,7 @@ def _ranges(numbers: list[int]) -> str:
     return said if len(numbers) < 2 else f"{{{said}}}"
 
 
-def _listed(names: Iterable[str], most: int = _LISTED) -> str:
+def listed(names: Iterable[str], most: int = _LISTED) -> str:
     """Join names, the first few of them when they are many."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
