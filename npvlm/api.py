@@ -110,7 +110,7 @@ def load(
         are not stored so are rounded or packed in memory, which takes time and room
     ops : "kernels", or "numpy" for the definitions in plain NumPy
     adapter : a folder with a LoRA as PEFT saves it. It stays beside the weights, which may be
-        packed, and is named in answers: "MODEL+ADAPTER"
+        packed, and answers name it behind the model: "MODEL+ADAPTER"
 
     Raises
     ------
@@ -127,9 +127,8 @@ def load(
     preprocessor = read_preprocessor(folder, config)
     opened = open_adapter(Path(adapter).expanduser()) if adapter is not None else None
     weights, precision, namespace = open_weights(folder, config, precision, ops, opened)
-    name = str(model) if adapter is None else f"{model}+{adapter}"
     read = tokenizer, preprocessor
-    return Model(name, folder, config, weights, *read, precision, namespace, opened)
+    return Model(str(model), folder, config, weights, *read, precision, namespace, opened)
 
 
 def open_weights(
@@ -224,6 +223,11 @@ class Model:
     precision: str
     ops: ModuleType = field(repr=False)
     adapter: Adapter | None = None
+
+    @property
+    def called(self) -> str:
+        """How answers call the model: its name, and that of its adapter."""
+        return f"{self.name}+{self.adapter.folder}" if self.adapter else self.name
 
     def generate(
         self,
@@ -575,7 +579,7 @@ class Model:
                 texts, [own.tolist() for own in ids], [own.tolist() for own in logprobs]
             ),
             prompt_token_ids=prefix.tolist(),
-            model=self.name,
+            model=self.called,
             precision=self.precision,
         )
 
@@ -637,7 +641,7 @@ class Model:
             prompt=prompt,
             answer=self.tokenizer.decode(ids),
             own=answer is None,
-            model=self.name,
+            model=self.called,
             precision=self.precision,
             method=method,
             layers=layers,
@@ -772,7 +776,7 @@ class Model:
             nearby=[p + gain for p, gain in zip(logprobs, gains, strict=True)],
             prompt_token_ids=sequence.ids.tolist(),
             stop="eos" if ids[-1] in self.config.eos_token_ids else "length",
-            model=self.name,
+            model=self.called,
             precision=self.precision,
             seed=seed,
             seconds=seconds,

@@ -111,7 +111,13 @@ def bench_synthetic(
 
 
 def bench(
-    name: str, folder: Path, precision: str | None, plan: Plan, against: str | None, say: Say
+    name: str,
+    folder: Path,
+    precision: str | None,
+    plan: Plan,
+    against: str | None,
+    say: Say,
+    adapter: Path | None = None,
 ) -> Report:
     """Measure a checkpoint, alone or in turns with another program.
 
@@ -124,6 +130,7 @@ def bench(
     against : the other program: transformers, transformers:bfloat16, transformers:float32 or
         llama.cpp
     say : called with what is going on
+    adapter : a LoRA to run the checkpoint with
 
     Raises
     ------
@@ -139,7 +146,7 @@ def bench(
 
     packs = precision in PACKED and parse_config(values).quantization is None
     say(f"packing the weights as {precision} in memory" if packs else "opening the model")
-    model = open_model(folder, precision)
+    model = open_model(folder, precision, adapter)
     inputs = random_inputs(model.config, plan.batch, plan.prompt_tokens)
     with ExitStack() as stack:
         ours = _Side("npvlm", model.load, memory_now())
