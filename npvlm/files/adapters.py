@@ -94,6 +94,12 @@ class Correction:
     down: NDArray[np.float32]
     magnitude: NDArray[np.float32] | None
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers were trained."""
+        factors = self.rank * (math.prod(self.shape[1:]) + self.shape[0])
+        return factors + (0 if self.magnitude is None else len(self.magnitude))
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:

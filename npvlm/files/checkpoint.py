@@ -194,7 +194,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return _shards(folder / INDEX)
     if (folder / "adapter_model.safetensors").exists():
         raise NpvlmError(
-            f"{folder} holds an adapter, expected a whole model; merge it into its base model first"
+            f"{folder} holds an adapter, expected a whole model; name its base with --model, and "
+            "this folder with --adapter"
         )
     others = sorted({file.name for kind in OTHER_FORMATS for file in folder.glob(kind)})
     if others:
@@ -314,7 +315,10 @@ def _hint(
     if family == 2 and any(name.endswith(norm) for name in missing):
         return "is this a PaliGemma 1 checkpoint with the config.json of a PaliGemma 2?"
     if any(part in name for name in unexpected for part in ("lora_", "base_layer")):
-        return "these are the weights of an adapter: merge it into its base model first"
+        return (
+            "an adapter lies among these weights: let PEFT save it alone, and name it with "
+            "--adapter beside its base"
+        )
     if config.quantization:
         return "config.json says that the weights are packed: convert the original folder again"
     if any(name.endswith((".SCB", ".absmax", "_scale", ".qweight")) for name in unexpected):
