@@ -20,7 +20,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
-from npvlm.answers import tasks
+from npvlm.answers import states, tasks
 from npvlm.answers.answer import Answer, Seconds
 from npvlm.answers.attention import AttentionTap
 from npvlm.answers.boxes import BINS, Box
@@ -40,6 +40,7 @@ from npvlm.asked import (
     check_text,
     check_whole,
     key_of,
+    layers_of,
     name_of,
     names_of,
     pairs_of,
@@ -69,7 +70,7 @@ from npvlm.model import paligemma, vqvae
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap, closed
 from npvlm.model.weights import PACKERS, Array, Packer, Weights
-from npvlm.packs import Prepared, Started, UntilError, packs_of, read_ahead
+from npvlm.packs import PACKED_TOKENS, Prepared, Started, UntilError, packs_of, read_ahead
 
 BUNDLED = Path(__file__).parent / "bundled"
 
@@ -524,6 +525,119 @@ class Model:
         w, config = self.weights, self.config
         with _COMPUTING:
             return logits(ids, answer, features, w, config, ops=self.ops, tap=closed)
+
+    def features(self, image: Shown, *, projected: bool = True) -> NDArray[np.float32]:
+        """What the model sees on a picture, as numbers: a row for each patch, row by row.
+
+        Parameters
+        ----------
+        projected : as the decoder reads them, at its width; False: as the image tower gives them,
+            before the projector (SigLIP's last_hidden_state)
+
+        Returns
+        -------
+        features [P, D], float32
+
+        Examples
+        --------
+        >>> model.features(picture).shape, model.features(picture, projected=False).shape
+        ((64, 160), (64, 128))
+        """
+        seen = self.prepare(image)
+        if projected:
+            return self._features([seen])[0]
+        with _COMPUTING:
+            return states.tower_features(seen.pixels, self.weights, self.config, ops=self.ops)
+
+    def hidden_states(
+        self, images: Shown | Sequence[Shown], prompt: str, layers: int | Sequence[int] = -1
+    ) -> NDArray[np.float32]:
+        """What the decoder makes of pictures and prompt, after the layers asked for.
+
+        Layers are numbered as in transformers' `output_hidden_states`: 0 is what enters the first
+        layer, n what leaves the n-th; the last is what leaves the norm behind the last layer. Those
+        behind the ones asked for are not run.
+
+        Parameters
+        ----------
+        images : a picture, or several in front of the one prompt
+        layers : one number, or several; negative ones count from the end
+
+        Returns
+        -------
+        [T, D], float32, for one number, and [L, T, D] for several. Rows are image tokens first,
+        then `<bos>`, the prompt and a newline
+
+        Examples
+        --------
+        >>> model.hidden_states(picture, "caption en").shape
+        (69, 160)
+        >>> model.hidden_states(picture, "caption en", [0, 2, -1]).shape
+        (3, 69, 160)
+        """
+        return self._inside(states.hidden_states, 1, images, prompt, layers)
+
+    def attention(
+        self, images: Shown | Sequence[Shown], prompt: str, layers: int | Sequence[int] = -1
+    ) -> NDArray[np.float32]:
+        """How much each token of pictures and prompt looks at each other one.
+
+        Parameters are those of `hidden_states`, but layers are counted from 0 for the first. At 448
+        pixels a layer takes 34 MB, at 896 half a GB.
+
+        Returns
+        -------
+        [H, T, T], float32, for one number, and [L, H, T, T] for several; rows sum to one
+
+        Examples
+        --------
+        >>> model.attention(picture, "caption en", 0).shape
+        (4, 69, 69)
+        """
+        return self._inside(states.attention, 0, images, prompt, layers)
+
+    def _inside(
+        self,
+        look: Callable[..., Array],
+        more: int,
+        images: Shown | Sequence[Shown],
+        prompt: str,
+        layers: int | Sequence[int],
+    ) -> Array:
+        """What `look` finds in the layers asked for, of which it counts `more` than there are."""
+        numbers = layers_of(layers, self.config.text_config.num_hidden_layers + more)
+        pictures = as_list(images)
+        ids = self._layout(prompt, len(pictures), 0)
+        features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
+        with _COMPUTING:
+            found = look(ids, features, numbers, self.weights, self.config, ops=self.ops)
+        return found if isinstance(layers, Iterable) else found[0]
+
+    def look_all(self, images: Iterable[Shown]) -> Iterator[Seen | Failed]:
+        """`look` at any number of pictures, in their order; files are read while the model works.
+
+        A picture that cannot be read gives a Failed in its place, and the rest goes on.
+        """
+
+        def prepare(image: Shown, prompt: str) -> Prepared:
+            try:
+                return self.prepare(image), prompt
+            except UsageError:
+                raise
+            except NpvlmError as error:
+                return Failed(name_of(image), prompt, str(error))
+
+        together = max(1, PACKED_TOKENS // self.config.vision_config.num_patches)
+        for pack in read_ahead(((image, "") for image in images), prepare):
+            for start in range(0, len(pack), together):
+                part = pack[start : start + together]
+                readable = [entry[0] for entry in part if not isinstance(entry, Failed)]
+                features = iter(self._features(readable) if readable else ())
+                for entry in part:
+                    if isinstance(entry, Failed):
+                        yield entry
+                    else:
+                        yield replace(entry[0], features=next(features))
 
     def _known_ids(self, ids: Sequence[int]) -> Index:
         """Ids as an array, if all of them are in the vocabulary."""
