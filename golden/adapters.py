@@ -1,23 +1,40 @@
 """PEFT as the oracle of adapters: random ones on random checkpoints, and what they make of these.
 
-Nothing of npvlm is used here.
+`python golden/adapters.py` writes the stored ones. Nothing of npvlm is used here.
 
 Axis letters: N pictures · R picture side · T tokens · V vocabulary.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 import warnings
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
+from safetensors.numpy import save_file
 
 from golden import oracle
-from golden.oracle import STEPS, Recipe
+from golden.oracle import RECIPES, STEPS, Recipe
+
+FOLDER = Path(__file__).resolve().parent / "adapters"
+STORED = {  # a checkpoint beside this folder, and a variant
+    "pg1-patterns": ("pg1", "patterns"),
+    "pg1-trained": ("pg1", "trained"),
+    "pg2-dora": ("pg2", "dora"),
+    "pg2-tables": ("pg2", "tables"),
+}
+KEPT = 4  # of the rows of logits, the last ones
 
 EVERY = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|(gate|up|down)_proj|fc1|fc2|linear)"
 
@@ -86,7 +103,7 @@ class Adapted:
     torchs, truth : logits [T, V] of one pass over prompt and answer, in float32 and float64
     """
 
-    picture: Any
+    picture: Image.Image
     prompt: str
     pixels: np.ndarray  # [1, 3, R, R]
     ids: list[int]
@@ -112,6 +129,16 @@ def build_adapter(base: Path, variant: Variant, seed: int, folder: Path) -> None
                 else:  # a length, a bias or a whole weight: near to what it was
                     weight.mul_(1 + 0.2 * torch.from_numpy(noise)).add_(0.01)
         model.save_pretrained(folder)
+    (folder / "README.md").unlink()  # a form to fill in
+    path = folder / "adapter_config.json"
+    values = json.loads(path.read_text()) | {"base_model_name_or_path": base.name}
+    values["target_modules"] = sorted_list(values["target_modules"])  # PEFT keeps a set
+    path.write_text(json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def sorted_list(modules: str | list[str]) -> str | list[str]:
+    """A list in its order, a pattern as it is."""
+    return modules if isinstance(modules, str) else sorted(modules)
 
 
 def open_adapted(base: Path, folder: Path) -> tuple[PeftModel, PeftModel]:
@@ -145,3 +172,41 @@ def merged(float64: PeftModel) -> dict[str, np.ndarray]:
         warnings.simplefilter("ignore")
         model = float64.merge_and_unload()
     return {oracle.published(name): w.numpy() for name, w in model.state_dict().items()}
+
+
+def write(place: Path) -> None:
+    """Write the stored adapters, and what PEFT makes of a prompt with each."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    recipes = {recipe.name: recipe for recipe in RECIPES}
+    variants = {variant.name: variant for variant in VARIANTS}
+    cases = {}
+    for name, (checkpoint, variant) in STORED.items():
+        base = FOLDER.parent / checkpoint
+        build_adapter(base, variants[variant], 1, place / name)
+        case = ask(base, recipes[checkpoint], *open_adapted(base, place / name))
+        stored = {"picture": np.asarray(case.picture), "truth": case.truth[-KEPT:]}
+        save_file(
+            {key: np.ascontiguousarray(v) for key, v in stored.items()},
+            place / f"{name}.safetensors",
+        )
+        error = np.sqrt(np.mean((case.torchs - case.truth) ** 2) / np.mean(case.truth**2))
+        cases[name] = {
+            "checkpoint": checkpoint,
+            "prompt": case.prompt,
+            "ids": case.ids,
+            "answer": case.answer,
+            "torch_float32_error": float(error),
+        }
+    packages = ("peft", "torch", "transformers")
+    record = {
+        "made_by": "python golden/adapters.py",
+        "versions": {package: version(package) for package in packages},
+        "cases": cases,
+    }
+    (place / "adapters.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    oracle.quiet(threads=1)
+    write(FOLDER)
