@@ -541,7 +541,7 @@ class Model:
         Examples
         --------
         >>> model.features(picture).shape, model.features(picture, projected=False).shape
-        ((64, 160), (64, 128))
+        ((64, 128), (64, 128))
         """
         seen = self.prepare(image)
         if projected:
@@ -571,9 +571,9 @@ class Model:
         Examples
         --------
         >>> model.hidden_states(picture, "caption en").shape
-        (69, 160)
+        (68, 128)
         >>> model.hidden_states(picture, "caption en", [0, 2, -1]).shape
-        (3, 69, 160)
+        (3, 68, 128)
         """
         return self._inside(states.hidden_states, 1, images, prompt, layers)
 
@@ -592,7 +592,7 @@ class Model:
         Examples
         --------
         >>> model.attention(picture, "caption en", 0).shape
-        (4, 69, 69)
+        (4, 68, 68)
         """
         return self._inside(states.attention, 0, images, prompt, layers)
 

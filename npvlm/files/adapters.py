@@ -129,10 +129,10 @@ class Adapter:
             Where a tensor of the adapter is none of this model's, or of another shape.
         """
         _check_fit(self, weights)
-        changed = {name: self.base_layers.get(name) for name in weights}
-        found = {name: new.weight() if new else weights[name] for name, new in changed.items()}
-        if LM_HEAD in self.base_layers:
-            found[LM_HEAD] = self.base_layers[LM_HEAD].weight()
+        found = dict(weights)
+        for name, stored in self.base_layers.items():
+            if not _same_numbers(stored.weight(), weights.get(name, weights[EMBED_TOKENS])):
+                found[name] = stored.weight()
         if EMBED_TOKENS in self.trained and LM_HEAD not in found:
             found[LM_HEAD] = found[EMBED_TOKENS]  # tied to the table as it was
         return found | {name: stored.weight() for name, stored in self.trained.items()}
@@ -183,7 +183,7 @@ def open_adapter(folder: Path) -> Adapter:
         if ".original_module." in tensor.name:  # as it was before training: nothing reads it
             continue
         _check_numbers(tensor)
-        if place := _low_rank(tensor.name):
+        if place := _low_rank(tensor):
             module, key = place
             where = parts.setdefault(module, {})
         else:
@@ -301,6 +301,14 @@ def _check_numbers(tensor: Stored) -> None:
         )
 
 
+def _same_numbers(w: Weight, other: Weight) -> bool:
+    """Whether a saved table is the model's: in other bytes perhaps, which need twice the room."""
+    return all(
+        np.array_equal(unpack(w[rows], np.float32), unpack(other[rows], np.float32))
+        for rows in blocks_of(w)
+    )
+
+
 def _are_equal(first: Stored, second: Stored) -> bool:
     """Whether a tensor is there twice, as PEFT saves the bias of a whole module."""
     same = (first.dtype, first.shape) == (second.dtype, second.shape)
@@ -314,14 +322,17 @@ def _bare(name: str) -> str:
     return name
 
 
-def _low_rank(name: str) -> tuple[str, str] | None:
+def _low_rank(tensor: Stored) -> tuple[str, str] | None:
     """The module and the part of a tensor that corrects; the adapter's own name is left out."""
-    found = _LOW_RANK.fullmatch(name)
+    found = _LOW_RANK.fullmatch(tensor.name)
     if not found:
         return None
     module, part, end = found[1], found[2], found[3].removesuffix(".weight")
     if end.endswith(".bias"):
-        raise NpvlmError(f"{name} is a bias inside a LoRA (lora_bias), which npvlm does not apply.")
+        raise NpvlmError(
+            f"{tensor.file}: {tensor.name} is a bias inside a LoRA (lora_bias), which npvlm does "
+            "not apply; merge it with PEFT, and convert the merged model."
+        )
     return (_bare(module), part) if end.count(".") <= 1 else None
 
 
@@ -442,7 +453,8 @@ def _beside(weight: Weight, c: Correction, adapter: Adapter) -> Adapted:
     if c.magnitude is None:
         return adapted
     lengths = [np.linalg.norm(adapted[rows].unpack(), axis=1) for rows in blocks_of(adapted)]
-    gain = c.magnitude / np.concatenate(lengths)
+    with np.errstate(all="ignore"):
+        gain = c.magnitude / np.concatenate(lengths)
     if not np.isfinite(gain).all():
         raise NpvlmError(
             f"{adapter.folder}: a row of {c.module} has no length, which DoRA divides by."
