@@ -109,7 +109,8 @@ def bench(
     plan = Plan(batch, prompt_tokens, new_tokens, repeat)
     if synthetic is None:
         name = model or "shapes"
-        report = run(name, find_folder(name), precision, plan, against, _say, adapter)
+        called = name if adapter is None else f"{name}+{adapter}"
+        report = run(called, find_folder(name), precision, plan, against, _say, adapter)
     else:
         values = synthetic_config(synthetic)
         report = bench_synthetic(synthetic, values, save, precision, plan, against, _say)

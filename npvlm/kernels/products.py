@@ -75,7 +75,7 @@ def embed(ids: Index, table: Weight, scale: float, dtype: DTypeLike) -> Array:
     if not isinstance(table, Adapted) or dtype != np.float32:
         return ops.embed(ids, table, scale, dtype)
     x = ops.embed(ids, table.base, scale, dtype)
-    x += linear(table.up[ids], table.down.T) * (scale * table.scale)
+    x += linear(table.up[ids] * (scale * table.scale), table.down.T)
     return x
 
 

@@ -179,7 +179,7 @@ class Adapted:
         x [T, I] -> [T, O]
         """
         y = linear(x, self.base)
-        y += linear(linear(x, self.down), self.up) * self.scale
+        y += linear(linear(x, self.down) * self.scale, self.up)
         if self.gain is not None:
             y *= self.gain
         return y
