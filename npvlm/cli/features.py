@@ -67,7 +67,7 @@ def features(
 
     \b
     npvlm features photos/ -o features.safetensors --model paligemma-3b-pt-224
-    npvlm features scene.png --prompt "pick up the cup" --hidden 9 --hidden -1 -o states.safetensors
+    npvlm features photo.png --prompt "caption en" --hidden 2 --hidden -1 -o states.safetensors
 
     Exit codes: 0 all are in the file, 3 some could not be read, or a problem that ended it; 2, 130,
     143 as everywhere.
