@@ -223,7 +223,7 @@ class Model:
     preprocessor: Preprocessor
     precision: str
     ops: ModuleType = field(repr=False)
-    adapter: Adapter | None = None
+    adapter: Adapter | None = field(default=None, repr=False)
 
     @property
     def called(self) -> str:

@@ -350,6 +350,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a rank of 0": ({"r": 0}, "r is 0, expected a whole number from 1"),
     "a rank in words": ({"r": "eight"}, 'r is "eight"'),
     "an alpha that is no number": ({"lora_alpha": [1]}, r"lora_alpha is \[1\], expected a number"),
+    "an alpha beyond all numbers": ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+    "an alpha of nan": ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
     "an alpha of true": ({"lora_alpha": True}, "lora_alpha is True"),
     "a pattern's alpha": ({"alpha_pattern": {"q_proj": "x"}}, "lora_alpha is 'x'"),
     "patterns in a list": ({"rank_pattern": ["q_proj"]}, "rank_pattern is"),

@@ -53,8 +53,8 @@ _OF_TRAINING = {
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
-    "lora_ga_config",
     "lora_dropout",
+    "lora_ga_config",
     "megatron_config",
     "megatron_core",
     "modules_to_save",
@@ -261,8 +261,8 @@ def _later_spellings(name: str) -> Iterator[str]:
 
 
 def _number(value: Any, where: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise NpvlmError(f"{where}lora_alpha is {value!r}, expected a number.")
+    if type(value) not in (int, float) or not abs(value) <= 1e30:
+        raise NpvlmError(f"{where}lora_alpha is {value!r:.60}, expected a number up to 1e30.")
     return float(value)
 
 
