@@ -24,7 +24,7 @@ import numba
 import numpy as np
 
 import npvlm
-from golden import check_beams, check_stored, oracle, ours
+from golden import check_beams, check_states, check_stored, oracle, ours
 from golden.check_masks import check_masks
 from golden.oracle import RECIPES, STEPS, WIDE, Case, Recipe
 from golden.ours import rms
@@ -143,6 +143,8 @@ def compare(folder: Path, recipe: Recipe, report: Report) -> None:
         check_beams.compare(
             recipe.name, definitions, kernels, float32, float64, cases, report.beams
         )
+        both = definitions, kernels
+        report.differences += check_states.compare(recipe.name, both, float32, float64, cases)
 
 
 def compare_inputs(model: Model, case: Case) -> Errors:

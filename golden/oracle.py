@@ -547,6 +547,35 @@ def run(
 
 
 @torch.no_grad()
+def logits(
+    model: PaliGemmaForConditionalGeneration, pixels: np.ndarray, ids: list[int], answer: list[int]
+) -> np.ndarray:
+    """The logits [T, V] of one uncached pass, whatever stands in the modules' places.
+
+    pixels [N, 3, R, R]
+    """
+    return _rows(model(**_inputs(model, pixels, ids, answer), use_cache=False).logits)
+
+
+@torch.no_grad()
+def insides(model: PaliGemmaForConditionalGeneration, pixels: np.ndarray, ids: list[int]) -> Stages:
+    """Features [N, P, D] and tower [N, P, D] of the pictures, and what transformers calls
+    output_hidden_states [L + 1, T, D] and output_attentions [L, H, T, T] of a pass over a prompt.
+
+    pixels [N, 3, R, R]
+    """
+    inputs = _inputs(model, pixels, ids, [])
+    output = model(**inputs, use_cache=False, output_hidden_states=True, output_attentions=True)
+    tower = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state
+    return {
+        "features": _numpy(model.model.multi_modal_projector(tower)),
+        "tower": _numpy(tower),
+        "hidden states": np.stack([_numpy(states[0]) for states in output.hidden_states]),
+        "attention": np.stack([_numpy(weights[0]) for weights in output.attentions]),
+    }
+
+
+@torch.no_grad()
 def run_float64(
     truth: PaliGemmaForConditionalGeneration, pixels: np.ndarray, ids: list[int], answer: list[int]
 ) -> tuple[Stages, int]:

@@ -19,7 +19,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from npvlm.answers import tasks
+from npvlm.answers import states, tasks
 from npvlm.answers.answer import Answer, Seconds
 from npvlm.answers.attention import AttentionTap
 from npvlm.answers.boxes import BINS, Box
@@ -39,6 +39,7 @@ from npvlm.asked import (
     check_text,
     check_whole,
     key_of,
+    layers_of,
     name_of,
     names_of,
     pairs_of,
@@ -53,6 +54,7 @@ from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.decoding.score import score
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files import hub
+from npvlm.files.adapters import Adapter, open_adapter
 from npvlm.files.checkpoint import open_checkpoint
 from npvlm.files.links import refuse_links_out
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
@@ -71,7 +73,7 @@ from npvlm.model import paligemma, vqvae
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap, closed
 from npvlm.model.weights import PACKERS, Array, Packer, Weights
-from npvlm.packs import Prepared, Started, UntilError, packs_of, read_ahead
+from npvlm.packs import PACKED_TOKENS, Prepared, Started, UntilError, packs_of, read_ahead
 
 MOST_BEAMS = 100  # each has keys and values of its own, and a row of scores
 
@@ -95,7 +97,12 @@ __all__ = [
 _TURNS = Turns()
 
 
-def load(model: str | Path = "shapes", precision: str | None = None, ops: str = "kernels") -> Model:
+def load(
+    model: str | Path = "shapes",
+    precision: str | None = None,
+    ops: str = "kernels",
+    adapter: str | Path | None = None,
+) -> Model:
     """Open a model. Weights are memory-mapped: nothing is read before it is needed.
 
     Parameters
@@ -107,6 +114,8 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
         by default what `npvlm convert` packed the folder for, float32 for any other. Weights that
         are not stored so are rounded or packed in memory, which takes time and room
     ops : "kernels", or "numpy" for the definitions in plain NumPy
+    adapter : a folder with a LoRA as PEFT saves it. It stays beside the weights, which may be
+        packed, and answers name it behind the model: "MODEL+ADAPTER"
 
     Raises
     ------
@@ -123,12 +132,18 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
     if not config.eos_token_ids:
         config = replace(config, eos_token_ids=(tokenizer.eos_id,))
     preprocessor = read_preprocessor(folder, config)
-    weights, precision, namespace = open_weights(folder, config, precision, ops)
-    return Model(str(model), folder, config, weights, tokenizer, preprocessor, precision, namespace)
+    opened = open_adapter(Path(adapter).expanduser()) if adapter is not None else None
+    weights, precision, namespace = open_weights(folder, config, precision, ops, opened)
+    read = tokenizer, preprocessor
+    return Model(str(model), folder, config, weights, *read, precision, namespace, opened)
 
 
 def open_weights(
-    folder: Path, config: Config, precision: str | None, ops: str
+    folder: Path,
+    config: Config,
+    precision: str | None,
+    ops: str,
+    adapter: Adapter | None = None,
 ) -> tuple[Weights, str, ModuleType]:
     """The weights of a folder as a precision computes with them, its name, and what computes.
 
@@ -137,6 +152,8 @@ def open_weights(
     precision = _precision(folder, config, precision)
     namespace, packers = _namespace(ops)
     weights = open_checkpoint(folder, config)
+    if adapter:
+        weights = adapter.replace(weights)
     packed = 0 if config.quantization else packed_bytes(weights, precision)
     what = f"{folder} in {precision}, with one picture," if packed else f"{folder} with one picture"
     smaller = "convert it on a larger machine" if packed else "take a smaller model"
@@ -144,6 +161,8 @@ def open_weights(
     if not config.quantization:
         with _TURNS.take(namespace):
             weights = at_precision(weights, precision, packers)
+    if adapter:
+        weights = adapter.correct(weights)
     return Weights(weights), precision, namespace
 
 
@@ -227,6 +246,12 @@ class Model:
     preprocessor: Preprocessor
     precision: str
     ops: ModuleType = field(repr=False)
+    adapter: Adapter | None = field(default=None, repr=False)
+
+    @property
+    def called(self) -> str:
+        """How answers call the model: its name, and that of its adapter."""
+        return f"{self.name}+{self.adapter.folder}" if self.adapter else self.name
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled or copied: gigabytes would go from process to process."""
@@ -539,6 +564,119 @@ class Model:
         what = f"reading {tokens:,} tokens with {rows:,} rows of cache"
         check_memory(needed, what, "ask for fewer tokens, beams or pictures at once")
 
+    def features(self, image: Shown, *, projected: bool = True) -> NDArray[np.float32]:
+        """What the model sees on a picture, as numbers: a row for each patch, row by row.
+
+        Parameters
+        ----------
+        projected : as the decoder reads them, at its width; False: as the image tower gives them,
+            before the projector (SigLIP's last_hidden_state)
+
+        Returns
+        -------
+        features [P, D], float32
+
+        Examples
+        --------
+        >>> model.features(picture).shape, model.features(picture, projected=False).shape
+        ((64, 128), (64, 128))
+        """
+        seen = self.prepare(image)
+        if projected:
+            return self._features([seen])[0]
+        with _TURNS.take(self.ops):
+            return states.tower_features(seen.pixels, self.weights, self.config, ops=self.ops)
+
+    def hidden_states(
+        self, images: Shown | Sequence[Shown], prompt: str, layers: int | Sequence[int] = -1
+    ) -> NDArray[np.float32]:
+        """What the decoder makes of pictures and prompt, after the layers asked for.
+
+        Layers are numbered as in transformers' `output_hidden_states`: 0 is what enters the first
+        layer, n what leaves the n-th; the last is what leaves the norm behind the last layer. Those
+        behind the ones asked for are not run.
+
+        Parameters
+        ----------
+        images : a picture, or several in front of the one prompt
+        layers : one number, or several; negative ones count from the end
+
+        Returns
+        -------
+        [T, D], float32, for one number, and [L, T, D] for several. Rows are image tokens first,
+        then `<bos>`, the prompt and a newline
+
+        Examples
+        --------
+        >>> model.hidden_states(picture, "caption en").shape
+        (68, 128)
+        >>> model.hidden_states(picture, "caption en", [0, 2, -1]).shape
+        (3, 68, 128)
+        """
+        return self._inside(states.hidden_states, 1, images, prompt, layers)
+
+    def attention(
+        self, images: Shown | Sequence[Shown], prompt: str, layers: int | Sequence[int] = -1
+    ) -> NDArray[np.float32]:
+        """How much each token of pictures and prompt looks at each other one.
+
+        Parameters are those of `hidden_states`, but layers are counted from 0 for the first. At 448
+        pixels a layer takes 34 MB, at 896 half a GB.
+
+        Returns
+        -------
+        [H, T, T], float32, for one number, and [L, H, T, T] for several; rows sum to one
+
+        Examples
+        --------
+        >>> model.attention(picture, "caption en", 0).shape
+        (4, 68, 68)
+        """
+        return self._inside(states.attention, 0, images, prompt, layers)
+
+    def _inside(
+        self,
+        look: Callable[..., Array],
+        more: int,
+        images: Shown | Sequence[Shown],
+        prompt: str,
+        layers: int | Sequence[int],
+    ) -> Array:
+        """What `look` finds in the layers asked for, of which it counts `more` than there are."""
+        numbers = layers_of(layers, self.config.text_config.num_hidden_layers + more)
+        pictures = as_list(images)
+        ids = self.ids_of(prompt, len(pictures), 0)
+        features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
+        with _TURNS.take(self.ops):
+            found = look(ids, features, numbers, self.weights, self.config, ops=self.ops)
+        return found if isinstance(layers, Iterable) else found[0]
+
+    def look_all(self, images: Iterable[Shown]) -> Iterator[Seen | Failed]:
+        """`look` at any number of pictures, in their order; files are read while the model works.
+
+        A picture that cannot be read gives a Failed in its place, and the rest goes on.
+        """
+
+        def prepare(image: Shown, prompt: str) -> Prepared:
+            try:
+                return self.prepare(image), prompt
+            except UsageError:
+                raise
+            except NpvlmError as error:
+                return Failed(name_of(image), prompt, str(error))
+
+        together = max(1, PACKED_TOKENS // self.config.vision_config.num_patches)
+        for pack in read_ahead(((image, "") for image in images), prepare):
+            for start in range(0, len(pack), together):
+                part = pack[start : start + together]
+                readable = [entry[0] for entry in part if not isinstance(entry, Failed)]
+                features = iter(self._features(readable) if readable else ())
+                for entry in part:
+                    if isinstance(entry, Failed):
+                        yield entry
+                    else:
+                        yield replace(entry[0], features=next(features))
+
     def _known_ids(self, ids: Sequence[int]) -> Index:
         """Ids as an array, if all of them are in the vocabulary."""
         most = self.config.text_config.vocab_size - 1
@@ -594,7 +732,7 @@ class Model:
                 texts, [own.tolist() for own in ids], [own.tolist() for own in logprobs]
             ),
             prompt_token_ids=prefix.tolist(),
-            model=self.name,
+            model=self.called,
             precision=self.precision,
         )
 
@@ -656,7 +794,7 @@ class Model:
             prompt=prompt,
             answer=self.tokenizer.decode(ids),
             own=answer is None,
-            model=self.name,
+            model=self.called,
             precision=self.precision,
             method=method,
             layers=layers,
@@ -799,7 +937,7 @@ class Model:
             nearby=[p + gain for p, gain in zip(logprobs, gains, strict=True)],
             prompt_token_ids=sequence.ids.tolist(),
             stop="eos" if ids[-1] in self.config.eos_token_ids else "length",
-            model=self.name,
+            model=self.called,
             precision=self.precision,
             seed=seed,
             seconds=seconds,

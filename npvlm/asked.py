@@ -5,6 +5,7 @@ Axis letters: P patches of a picture · D width of the decoder · R height and w
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import repeat, zip_longest
@@ -139,6 +140,19 @@ def _one_each(images: Iterable[Shown], prompts: Iterable[str]) -> Iterator[tuple
                 "there are not as many prompts as pictures, expected one for each, or one for all."
             )
         yield image, prompt
+
+
+def layers_of(given: Any, count: int) -> list[int]:
+    """One number of a layer or several, as a list; negative ones count from the end."""
+    try:
+        numbers = [operator.index(n) for n in (given if isinstance(given, Iterable) else [given])]
+    except TypeError:
+        numbers = []
+    if not numbers or not all(-count <= n < count for n in numbers):
+        raise UsageError(
+            f"layers is {given!r}, expected a number from {-count} to {count - 1}, or several."
+        )
+    return [n % count for n in numbers]
 
 
 def key_of(picture: Shown) -> str | int:

@@ -239,6 +239,11 @@ def read_config(folder: Path) -> Config:
         raise NpvlmError(
             f"{folder} is {found}, expected a folder with config.json and model.safetensors"
         )
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        raise NpvlmError(
+            f"{folder} holds an adapter, expected a whole model; name its base with --model, and "
+            "this folder with --adapter"
+        )
     values = read_json(folder / "config.json")
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else None

@@ -24,7 +24,7 @@ import npvlm
 from npvlm import kernels
 from npvlm.config import Config
 from npvlm.decoding.generate import generate, logits
-from npvlm.files.names import expected_shapes
+from npvlm.files.names import EMBED_TOKENS, expected_shapes, multiplies
 from npvlm.files.packed import at_precision
 from npvlm.kernels.packing import PACKERS
 from npvlm.kernels.vectors import features as cpu_features
@@ -32,7 +32,7 @@ from npvlm.model import gemma, paligemma
 from npvlm.model import ops as definitions
 from npvlm.model.cache import Rows, new_cache
 from npvlm.model.tap import closed
-from npvlm.model.weights import Array, Weights, round_to_bfloat16
+from npvlm.model.weights import Adapted, Array, Weight, Weights, round_to_bfloat16
 from npvlm.work.checks.bundled import LOGITS, checksum, golden_logits
 from tests.tiny import EOS, tiny_config
 
@@ -52,6 +52,8 @@ KINDS = [
     ("F32", "int4"),
 ]
 CASES = [(family, *kind) for family in FAMILIES for kind in KINDS]
+# With a correction beside every weight that multiplies, the embedding table's included.
+CASES += [("gemma", "F32, adapted", "float32"), ("gemma2", "BF16, adapted", "int8")]
 CASES += [
     (name, "as stored", precision)
     for name in LOGITS
@@ -137,11 +139,25 @@ def tiny_weights(config: Config, stored: str, precision: str) -> Weights:
         name: rng.integers(-128, 128, shape).astype(np.float32) / 256
         for name, shape in expected_shapes(config).items()
     }
+    stored, _, adapted = stored.partition(", ")
     if stored == "F16":
         tensors = {name: values.astype(np.float16) for name, values in tensors.items()}
     if stored == "BF16":
         tensors = {name: round_to_bfloat16(values) for name, values in tensors.items()}
-    return Weights(at_precision(tensors, precision, PACKERS))
+    weights = at_precision(tensors, precision, PACKERS)
+    return Weights(corrected(weights, rng) if adapted else weights)
+
+
+def corrected(weights: dict[str, Weight], rng: np.random.Generator) -> dict[str, Weight]:
+    """The weights of layers with a correction beside each; of one in three its rows have gains."""
+    found = dict(weights)
+    for count, name in enumerate(n for n, w in weights.items() if multiplies(n, w.shape)):
+        rows, width = weights[name].shape
+        gain = rng.random(rows) + 0.5 if count % 3 and name != EMBED_TOKENS else None
+        up, down = rng.standard_normal((rows, 16)), rng.standard_normal((16, width))
+        factors = down.astype(np.float32), up.astype(np.float32) / 16
+        found[name] = Adapted(weights[name], *factors, 0.3, gain)
+    return found
 
 
 @pytest.fixture(scope="module", params=CASES, ids=", ".join)

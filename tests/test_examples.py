@@ -131,3 +131,14 @@ def test_the_python_of_the_page_of_answers_runs(prepared: Path, tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     assert "absent.png absent.png cannot be opened" in result.stdout
     assert (place / "masks.png").exists() and (place / "circle.png").exists()
+
+
+def test_the_python_and_the_commands_of_the_page_of_features_run(place: Path) -> None:
+    page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["python", "sh", "python"]
+    for kind, code in blocks:
+        for line in code.splitlines() if kind == "sh" else [code]:
+            result = run(place, line) if kind == "sh" else run_python(place, line)
+            assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[0] == "photos/four.jpg"

@@ -14,6 +14,7 @@ from npvlm.kernels.tiles import TALL
 from npvlm.model import ops as definitions
 from npvlm.model.tap import closed
 from npvlm.model.weights import (
+    Adapted,
     BFloat16Product,
     Weight,
     pack_int4,
@@ -52,6 +53,41 @@ def test_every_kernel_has_the_arguments_of_its_definition() -> None:
             inspect.signature(theirs).parameters
         )
         assert ours is theirs or "Twin of ops." in (ours.__doc__ or "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_corrected_weight_is_the_weight_and_its_correction(rng, kind) -> None:
+    base, up, down = stored(numbers(rng, 70, 96), kind), numbers(rng, 70, 16), numbers(rng, 16, 96)
+    gain, bias, x = rng.random(70) + 0.5, numbers(rng, 70), numbers(rng, 9, 96)
+    w = Adapted(base, down, up, 0.3, gain)
+    correction = x.astype(np.float64) @ down.T @ up.T * 0.3
+    for ops in (kernels, definitions):
+        expected = (ops.linear(x, base) + correction) * gain + bias
+        np.testing.assert_allclose(ops.linear(x, w, bias), expected, rtol=1e-5, atol=1e-4)
+    merged = unpack(base, np.float64) + 0.3 * up.astype(np.float64) @ down
+    np.testing.assert_allclose(w.unpack(), merged * gain[:, None], rtol=1e-12)
+    np.testing.assert_array_equal(w[3:9].unpack(), w.unpack()[3:9])
+
+
+def test_corrected_and_bare_weights_gate_each_other(rng) -> None:
+    base, up, down = numbers(rng, 70, 96), numbers(rng, 70, 16), numbers(rng, 16, 96)
+    x, w, other = numbers(rng, 9, 96) * 0.2, Adapted(base, down, up, 0.3), pack_int8(base)
+    for gate, wide in ((w, w), (w, base), (base, w), (base, other)):
+        expected = kernels.gelu_tanh(kernels.linear(x, gate)) * kernels.linear(x, wide)
+        np.testing.assert_array_equal(kernels.gated(x, gate, wide, tap=closed), expected)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_rows_of_a_corrected_table_are_its_definition_and_the_same_in_any_company(rng, kind):
+    base, up, down = stored(numbers(rng, 70, 96), kind), numbers(rng, 70, 16), numbers(rng, 16, 96)
+    table, ids = Adapted(base, down, up, 0.3), rng.integers(0, 70, 23)
+    rows = kernels.embed(ids, table, 9.7, np.float32)
+    truth = definitions.embed(ids, table, 9.7, np.float64)
+    assert np.sqrt(np.mean((rows - truth) ** 2) / np.mean(truth**2)) < 2.0**-23
+    for i in range(23):
+        np.testing.assert_array_equal(
+            kernels.embed(ids[i : i + 1], table, 9.7, np.float32)[0], rows[i]
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

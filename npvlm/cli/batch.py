@@ -11,6 +11,7 @@ import click
 from npvlm.cli.asking import max_tokens_option, note_image_marks
 from npvlm.cli.interruption import Stopped
 from npvlm.cli.options import (
+    adapter_option,
     model_option,
     named_model,
     open_model,
@@ -69,6 +70,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 )
 @max_tokens_option
 @model_option
+@adapter_option
 @precision_option
 @threads_option
 @quiet_option
@@ -85,6 +87,7 @@ def batch(
     html: Path | None,
     max_tokens: int | None,
     model: str | None,
+    adapter: Path | None,
     precision: str | None,
     quiet: bool,
 ) -> int:
@@ -117,7 +120,7 @@ def batch(
     everything = read_input(inputs, asked)
     check_places(output, html, inputs, everything)
     items = part(everything, *shard)
-    opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
+    opened = open_model(named_model(model, quiet), precision, "kernels", quiet, adapter)
     if not quiet:
         note_image_marks(opened, " ".join(dict.fromkeys(item.prompt or "" for item in items)))
     line, last = ProgressLine("pictures", quiet), None

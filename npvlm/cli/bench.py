@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from npvlm.cli.options import (
+    adapter_option,
     model_option,
     precision_option,
     say_when_compiling,
@@ -21,6 +22,7 @@ PROGRAMS = ["transformers", "transformers:bfloat16", "transformers:float32", "ll
 
 @click.command()
 @model_option
+@adapter_option
 @precision_option
 @click.option(
     "--synthetic",
@@ -70,6 +72,7 @@ PROGRAMS = ["transformers", "transformers:bfloat16", "transformers:float32", "ll
 def bench(
     context: click.Context,
     model: str | None,
+    adapter: Path | None,
     precision: str | None,
     synthetic: str | None,
     save: Path | None,
@@ -94,6 +97,8 @@ def bench(
         raise click.UsageError("--model and --synthetic exclude each other: name one.")
     if save is not None and synthetic is None:
         raise click.UsageError("--save keeps what --synthetic writes: name a size with it.")
+    if adapter is not None and (synthetic is not None or against is not None):
+        raise click.UsageError("--adapter is for a --model, and other programs run without it.")
     from npvlm.api import find_folder
     from npvlm.work.bench import Plan, bench_synthetic
     from npvlm.work.bench import bench as run
@@ -104,7 +109,8 @@ def bench(
     plan = Plan(batch, prompt_tokens, new_tokens, repeat)
     if synthetic is None:
         name = model or "shapes"
-        report = run(name, find_folder(name), precision, plan, against, _say)
+        called = name if adapter is None else f"{name}+{adapter}"
+        report = run(called, find_folder(name), precision, plan, against, _say, adapter)
     else:
         values = synthetic_config(synthetic)
         report = bench_synthetic(synthetic, values, save, precision, plan, against, _say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,7 @@ from npvlm.cli.asking import (
 )
 from npvlm.cli.lines import line
 from npvlm.cli.options import (
+    adapter_option,
     json_option,
     model_option,
     named_model,
@@ -41,6 +43,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         json_option,
         max_tokens_option,
         precision_option,
+        adapter_option,
         model_option,
     ):
         command = option(command)
@@ -107,6 +110,7 @@ def _answer(
     images: Sequence[str],
     prompt: str,
     model: str | None,
+    adapter: Path | None,
     precision: str | None,
     max_tokens: int | None,
     as_json: bool,
@@ -114,7 +118,7 @@ def _answer(
 ) -> int:
     """Ask, and print each answer as it comes."""
     pictures = find_pictures(images)
-    opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
+    opened = open_model(named_model(model, quiet), precision, "kernels", quiet, adapter)
     if is_one(images) and not as_json:
         stream(opened, pictures[0], prompt, max_tokens, quiet)
         return 0

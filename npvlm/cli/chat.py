@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -18,6 +19,7 @@ from npvlm.cli.asking import (
 )
 from npvlm.cli.lines import line as columns
 from npvlm.cli.options import (
+    adapter_option,
     model_option,
     named_model,
     open_model,
@@ -38,12 +40,18 @@ ENDS = ("quit", "exit")
 @click.command()
 @click.argument("image")
 @model_option
+@adapter_option
 @precision_option
 @max_tokens_option
 @quiet_option
 @threads_option
 def chat(
-    image: str, model: str | None, precision: str | None, max_tokens: int | None, quiet: bool
+    image: str,
+    model: str | None,
+    adapter: Path | None,
+    precision: str | None,
+    max_tokens: int | None,
+    quiet: bool,
 ) -> None:
     """Ask about one IMAGE line by line; it is looked at once.
 
@@ -64,7 +72,7 @@ def chat(
     from npvlm.decoding.sampling import Sampling
     from npvlm.errors import UsageError
 
-    opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
+    opened = open_model(named_model(model, quiet), precision, "kernels", quiet, adapter)
     seen = opened.look(picture)
     if not quiet:
         typed = sys.stdin.isatty()

@@ -19,6 +19,7 @@ from npvlm.cli.demo import demo
 from npvlm.cli.detect import detect, segment
 from npvlm.cli.doctor import doctor
 from npvlm.cli.explain import explain
+from npvlm.cli.features import features
 from npvlm.cli.fetch import fetch
 from npvlm.cli.generate import generate
 from npvlm.cli.inspect import inspect
@@ -40,6 +41,7 @@ Exit codes: 0 fine, 1 a check found a difference, 2 bad use,
 COMMANDS: dict[str, list[click.Command]] = {
     "Ask pictures": [demo, caption, ask, ocr, detect, segment, chat, batch, generate],
     "How sure, and why": [score, explain],
+    "Numbers": [features],
     "Models": [models, fetch, convert, inspect, tokens],
     "This machine": [doctor, bench],
     "Port PaliGemma": [trace, compare, replay, kit],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from npvlm.cli.options import CLAIMS, claim_option, open_model, threads_option
+from npvlm.cli.options import CLAIMS, adapter_option, claim_option, open_model, threads_option
 
 
 @click.command()
@@ -29,6 +29,7 @@ from npvlm.cli.options import CLAIMS, claim_option, open_model, threads_option
     help="The reference's model: with its weights more causes can be tried.  [default: the one "
     "that the reference names, if it is there]",
 )
+@adapter_option
 @click.option(
     "--replay",
     "replayed",
@@ -51,6 +52,7 @@ def compare(
     only: str | None,
     complete: bool,
     model: str | None,
+    adapter: Path | None,
     replayed: bool,
     as_json: bool,
     html: Path | None,
@@ -72,7 +74,9 @@ def compare(
     from npvlm.porting.names import read_map
     from npvlm.porting.report import page, table
 
-    opened = open_model(model, None, "numpy") if model else model_of(reference)
+    if adapter is not None and model is None:
+        raise click.UsageError("--adapter goes with --model: name the model that it is for.")
+    opened = open_model(model, None, "numpy", False, adapter) if model else model_of(reference)
     report = run(
         reference,
         mine,

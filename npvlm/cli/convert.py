@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from npvlm.cli.options import say_when_compiling
+from npvlm.cli.options import adapter_option, say_other_base, say_when_compiling
 
 
 @click.command()
@@ -17,23 +17,31 @@ from npvlm.cli.options import say_when_compiling
 @click.option(
     "--precision",
     type=click.Choice(["bfloat16", "int8", "int4"]),
-    required=True,
-    help="bfloat16: an ordinary checkpoint. int8, int4: packed, for npvlm alone.",
+    help="bfloat16: an ordinary checkpoint. int8, int4: packed, for npvlm alone. May be left out "
+    "with --adapter: then weights keep their types.",
 )
-def convert(source: str, destination: Path, precision: str) -> None:
-    """Write the checkpoint SRC again as DST, with smaller weights.
+@adapter_option
+def convert(source: str, destination: Path, precision: str | None, adapter: Path | None) -> None:
+    """Write the checkpoint SRC again as DST, with smaller weights or an adapter merged into them.
 
     SRC is any model; DST is a new or an empty folder, which appears when it is whole.
 
     \b
     npvlm convert paligemma-3b-mix-224 small --precision int8
+    npvlm convert paligemma-3b-pt-224 mine --adapter lora --precision bfloat16
     """
+    if precision is None and adapter is None:
+        raise click.UsageError("nothing would change: name a --precision, an --adapter or both.")
+    from npvlm.api import find_folder
+    from npvlm.files.adapters import open_adapter
     from npvlm.work.convert import convert as run
 
     say_when_compiling()
+    if adapter is not None:
+        say_other_base(open_adapter(adapter.expanduser()), source, find_folder(source))
     progress = Progress()
     try:
-        run(source, destination, precision, progress)
+        run(source, destination, precision, progress, adapter)
     finally:
         progress.end_line()
     click.echo(f"{destination} is written.", err=True)

@@ -19,6 +19,7 @@ from npvlm.cli.asking import (
 )
 from npvlm.cli.lines import line
 from npvlm.cli.options import (
+    adapter_option,
     model_option,
     named_model,
     open_model,
@@ -41,6 +42,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--json", "as_json", is_flag=True, help="The same as --format json."),
         max_tokens_option,
         precision_option,
+        adapter_option,
         model_option,
         click.option(
             "--bins",
@@ -115,6 +117,7 @@ def _find(
     images: Sequence[str],
     prompt: str,
     model: str | None,
+    adapter: Path | None,
     precision: str | None,
     max_tokens: int | None,
     output: Path | None,
@@ -136,7 +139,7 @@ def _find(
     pictures = find_pictures(images)
     several = not is_one(images)
     gallery = Gallery(output, cutouts, paths_of(pictures), [Path(name) for name in images])
-    opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
+    opened = open_model(named_model(model, quiet), precision, "kernels", quiet, adapter)
     kept: list[Detection] = []
     labels = labels_of(prompt)
     if form == "csv":

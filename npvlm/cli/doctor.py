@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from npvlm.cli.options import say_when_compiling, threads_option
+from npvlm.cli.options import adapter_option, say_when_compiling, threads_option
 
 
 @click.command()
@@ -22,8 +22,9 @@ from npvlm.cli.options import say_when_compiling, threads_option
 @click.option(
     "--json", "as_json", is_flag=True, help="One JSON object with all checks, at the end."
 )
+@adapter_option
 @threads_option
-def doctor(model: str | None, pictures: Path | None, as_json: bool) -> int:
+def doctor(model: str | None, pictures: Path | None, as_json: bool, adapter: Path | None) -> int:
     """Check this machine, this installation and, where it is named, MODEL.
 
     Every check is a line as it is done: ok, WRONG or note (worth knowing), and figures. Kernels are
@@ -39,12 +40,14 @@ def doctor(model: str | None, pictures: Path | None, as_json: bool) -> int:
     """
     if pictures is not None and model is None:
         raise click.UsageError("--pictures are for checking a MODEL: name one.")
+    if adapter is not None and model is None:
+        raise click.UsageError("--adapter is for a MODEL: name the one that it is for.")
     from npvlm.work.checks.finding import WRONG
     from npvlm.work.doctor import doctor as run
 
     say_when_compiling()
     findings = []
-    for found in run(model, pictures):
+    for found in run(model, pictures, adapter):
         findings.append(found)
         if not as_json:
             click.echo(f"{found.verdict:<5}  {found.name}: {found.says}")

@@ -8,6 +8,7 @@ import click
 
 from npvlm.cli.asking import max_tokens_option, note_image_marks, one_picture, paths_of
 from npvlm.cli.options import (
+    adapter_option,
     model_option,
     named_model,
     open_model,
@@ -47,6 +48,7 @@ OUTPUT = Path("npvlm-explain.png")
 @max_tokens_option
 @click.option("--json", "as_json", is_flag=True, help="Words, probabilities and heats on stdout.")
 @model_option
+@adapter_option
 @precision_option
 @threads_option
 @quiet_option
@@ -60,6 +62,7 @@ def explain(
     max_tokens: int | None,
     as_json: bool,
     model: str | None,
+    adapter: Path | None,
     precision: str | None,
     quiet: bool,
 ) -> None:
@@ -85,7 +88,7 @@ def explain(
         if not quiet:
             click.echo(f"npvlm: {what}", err=True)
 
-    opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
+    opened = open_model(named_model(model, quiet), precision, "kernels", quiet, adapter)
     if not quiet:
         note_image_marks(opened, prompt)
 

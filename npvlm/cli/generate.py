@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,7 @@ from npvlm.cli.asking import Tail, note_image_marks
 from npvlm.cli.lines import line
 from npvlm.cli.options import (
     Finite,
+    adapter_option,
     model_option,
     named_model,
     open_model,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 )
 @click.option("--prompt", help='What to do, such as "caption en".  [required]')
 @model_option
+@adapter_option
 @precision_option
 @click.option(
     "--max-tokens",
@@ -81,6 +84,7 @@ def generate(
     more_images: tuple[str, ...],
     prompt: str | None,
     model: str | None,
+    adapter: Path | None,
     precision: str | None,
     max_tokens: int,
     temperature: float | None,
@@ -127,7 +131,7 @@ def generate(
     if only_cpu is False:
         _note("--only_cpu False changes nothing: npvlm runs on the CPU.", quiet)
     answer(
-        open_model(named_model(model, quiet), precision, ops, quiet),
+        open_model(named_model(model, quiet), precision, ops, quiet, adapter),
         [pictures] if together else pictures,
         prompt,
         sampling,

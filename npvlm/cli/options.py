@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,7 @@ from npvlm.config import PACKED, PRECISIONS, read_config
 
 if TYPE_CHECKING:
     from npvlm.api import Model
+    from npvlm.files.adapters import Adapter
 
 MODEL_VARIABLE = "NPVLM_MODEL"
 _THREAD_VARIABLES = (
@@ -67,6 +69,16 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
         metavar="NAME|FOLDER",
         help="A bundled or fetched model, or a checkpoint folder.  "
         "[default: $NPVLM_MODEL, else shapes]",
+    )(command)
+
+
+def adapter_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --adapter."""
+    return click.option(
+        "--adapter",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="A LoRA for the model, as PEFT saves it.",
     )(command)
 
 
@@ -128,7 +140,13 @@ def named_model(model: str | None, quiet: bool = False) -> str:
     return model or "shapes"
 
 
-def open_model(model: str, precision: str | None, ops: str, quiet: bool = False) -> Model:
+def open_model(
+    model: str,
+    precision: str | None,
+    ops: str,
+    quiet: bool = False,
+    adapter: Path | None = None,
+) -> Model:
     """Load a model; what takes a while the first time is said, unless it is to be quiet."""
     from npvlm.api import find_folder, load
     from npvlm.errors import NpvlmError
@@ -144,9 +162,11 @@ def open_model(model: str, precision: str | None, ops: str, quiet: bool = False)
         click.echo(f"npvlm: {note}", err=True)
     if ops == "kernels":
         say_when_compiling(quiet)
-    opened = load(model, precision, ops)
+    opened = load(model, precision, ops, adapter)
     if not quiet:
         _say_when_crowded(opened)
+        if opened.adapter:
+            say_other_base(opened.adapter, model, opened.folder)
     return opened
 
 
@@ -161,6 +181,15 @@ def _say_when_crowded(model: Model) -> None:
             f"{said_bytes(mapped)} of weights and {said_bytes(free)} of memory: they are read from "
             "disk again and again, which is slow; `npvlm convert` makes them smaller."
         )
+        click.echo(f"npvlm: {note}", err=True)
+
+
+def say_other_base(adapter: Adapter, model: str, folder: Path) -> None:
+    """Say that an adapter names another base than the model at hand, if it does."""
+    from npvlm.files.adapters import same_name
+
+    if adapter.base and not same_name(adapter.base, model, folder):
+        note = f"{adapter.folder} was made for {adapter.base}; it is right if {model} is the same."
         click.echo(f"npvlm: {note}", err=True)
 
 

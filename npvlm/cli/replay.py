@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from npvlm.cli.options import CLAIMS, claim_option, model_option, open_model, threads_option
+from npvlm.cli.options import (
+    CLAIMS,
+    adapter_option,
+    claim_option,
+    model_option,
+    open_model,
+    threads_option,
+)
 
 
 @click.command()
@@ -28,6 +35,7 @@ from npvlm.cli.options import CLAIMS, claim_option, model_option, open_model, th
 )
 @claim_option
 @model_option
+@adapter_option
 @click.option(
     "--save", type=click.Path(path_type=Path), metavar="FILE", help="The stage as an .npy file."
 )
@@ -38,6 +46,7 @@ def replay(
     names: Path | None,
     precision: str | None,
     model: str | None,
+    adapter: Path | None,
     save: Path | None,
 ) -> int:
     """Compute STAGE as the reference does, from the nearest stages that MINE has before it.
@@ -54,7 +63,7 @@ def replay(
     from npvlm.porting.names import read_map
     from npvlm.porting.port import replay_stage
 
-    opened = open_model(model or "shapes", None, "numpy")
+    opened = open_model(model or "shapes", None, "numpy", adapter=adapter)
     known = read_map(names) if names else None
     claimed = CLAIMS[precision] if precision else None
     said, same = replay_stage(stage, mine, opened, known, save, claimed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -9,6 +10,7 @@ import click
 from npvlm.cli.asking import note_image_marks, one_picture
 from npvlm.cli.lines import escaped
 from npvlm.cli.options import (
+    adapter_option,
     model_option,
     named_model,
     open_model,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 @click.argument("prompt")
 @click.argument("answers", nargs=-1, required=True, metavar="ANSWER...")
 @model_option
+@adapter_option
 @precision_option
 @click.option(
     "--by",
@@ -42,6 +45,7 @@ def score(
     prompt: str,
     answers: tuple[str, ...],
     model: str | None,
+    adapter: Path | None,
     precision: str | None,
     by: str,
     as_json: bool,
@@ -59,7 +63,7 @@ def score(
     npvlm score photo.jpg "caption en" "a cat" "a cat on a red sofa" --by mean
     """
     picture = one_picture(image)
-    opened = open_model(named_model(model, quiet), precision, "kernels", quiet)
+    opened = open_model(named_model(model, quiet), precision, "kernels", quiet, adapter)
     if not quiet:
         note_image_marks(opened, prompt)
     scores = opened.score(picture, prompt, answers)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 import click
 
 from npvlm.cli.asking import note_image_marks
-from npvlm.cli.options import model_option, open_model, precision_option, threads_option
+from npvlm.cli.options import (
+    adapter_option,
+    model_option,
+    open_model,
+    precision_option,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from npvlm.api import Model
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
 @click.argument("image")
 @click.option("--prompt", required=True, help='What is asked of the picture, such as "caption en".')
 @model_option
+@adapter_option
 @precision_option
 @click.option(
     "--ops",
@@ -53,6 +60,7 @@ def trace(
     image: str,
     prompt: str,
     model: str | None,
+    adapter: Path | None,
     precision: str | None,
     ops: str,
     only: str | None,
@@ -78,7 +86,7 @@ def trace(
         raise click.UsageError("--compact says how to --save; name a .json there.")
     if save is not None:
         check_place(save, compact)
-    opened = open_model(model or "shapes", precision, ops)
+    opened = open_model(model or "shapes", precision, ops, adapter=adapter)
     note_image_marks(opened, prompt)
     found = run(opened, image, prompt, step=step, only=only)
     if save is not None:
@@ -97,7 +105,7 @@ def _show(found: Trace, model: Model) -> None:
 
     facts = found.facts
     call = f"decoding step {facts['step']}" if facts["step"] else "picture and prompt read at once"
-    click.echo(f"{facts['model']}, {facts['prompt']!r}: {call}")
+    click.echo(f"{model.called}, {facts['prompt']!r}: {call}")
 
     wide = max(len(name) for name in found.stages)
     head = f"{'stage':<{wide}}  {'shape':>13}  {'type':>4}  {'mean':>10}  {'std':>9}  first values"

@@ -201,12 +201,13 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return _shards(folder / INDEX)
     if (folder / "adapter_model.safetensors").exists():
         raise NpvlmError(
-            f"{folder} holds an adapter, expected a whole model; merge it into its base model first"
+            f"{folder} holds an adapter, expected a whole model; name its base with --model, and "
+            "this folder with --adapter"
         )
     others = sorted({file.name for kind in OTHER_FORMATS for file in folder.glob(kind)})
     if others:
         raise NpvlmError(
-            f"{folder} has {_listed(others, 3)} and no {SINGLE}; npvlm reads safetensors only: "
+            f"{folder} has {listed(others, 3)} and no {SINGLE}; npvlm reads safetensors only: "
             "fetch the model's safetensors files, or save it again with transformers"
         )
     raise NpvlmError(f"{folder} has neither {SINGLE} nor {INDEX}; copy the weights into it")
@@ -233,7 +234,7 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise NpvlmError(
             f"{index} names {len(shards)} files and {len(missing)} of them are missing: "
-            f"{_listed(missing)}; copy them into {index.parent}"
+            f"{listed(missing)}; copy them into {index.parent}"
         )
     return shards
 
@@ -288,7 +289,7 @@ def _check(folder: Path, stored: dict[str, Stored], expected: _Expected, config:
     """Hold the tensors that are there against those that must be, in one message."""
     found = _differences(stored, expected)
     faults = [
-        f"{len(names)} {kind} ({_listed(grouped(names), _KINDS)})" for kind, names in found.said()
+        f"{len(names)} {kind} ({listed(grouped(names), _KINDS)})" for kind, names in found.said()
     ]
     if faults:
         hint = _hint(found.missing, found.unexpected, stored, expected, config)
@@ -324,7 +325,10 @@ def _hint(
     if family == 2 and any(name.endswith(norm) for name in missing):
         return "is this a PaliGemma 1 checkpoint with the config.json of a PaliGemma 2?"
     if any(part in name for name in unexpected for part in ("lora_", "base_layer")):
-        return "these are the weights of an adapter: merge it into its base model first"
+        return (
+            "an adapter lies among these weights: let PEFT save it alone, and name it with "
+            "--adapter beside its base"
+        )
     if config.quantization:
         return "config.json says that the weights are packed: convert the original folder again"
     if any(name.endswith((".SCB", ".absmax", "_scale", ".qweight")) for name in unexpected):
@@ -363,7 +367,7 @@ def _ranges(numbers: list[int]) -> str:
     return said if len(numbers) < 2 else f"{{{said}}}"
 
 
-def _listed(names: Iterable[str], most: int = _LISTED) -> str:
+def listed(names: Iterable[str], most: int = _LISTED) -> str:
     """Join names, the first few of them when they are many."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from npvlm.config import Config
 from npvlm.files.names import expected_shapes
 from npvlm.files.packed import packing, part_tensors, parts_of
-from npvlm.model.weights import Array, BFloat16, Packed, Weight
+from npvlm.model.weights import Adapted, Array, BFloat16, Packed, Weight
 
 _BYTES = {"I8": 1, "U8": 1, "BF16": 2, "F32": 4}
 
@@ -52,9 +52,10 @@ def packed_bytes(weights: Mapping[str, Weight], precision: str) -> int:
 
 def mapped_bytes(weights: Mapping[str, Weight]) -> int:
     """What of opened weights lies in their files alone, and is read from there when it is used."""
+    bare = (w.base if isinstance(w, Adapted) else w for w in weights.values())
     arrays = (
         array
-        for weight in weights.values()
+        for weight in bare
         for array in (parts_of(weight) if isinstance(weight, Packed) else (_bits(weight),))
     )
     return sum(array.nbytes for array in arrays if not array.flags.owndata)

@@ -21,6 +21,7 @@ import numpy as np
 from npvlm.model.weights import Array
 
 ALIGNED = 64  # bytes of a cache line, and of the widest vector
+_MOVED = 2**24  # bytes that are moved at a time
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 
 
@@ -68,14 +69,20 @@ def tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[TensorFil
         starts[name], end = end, end + tensor.bytes
         places = [starts[name], end]
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": places}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNED)
-    before = 8 + len(text)
+    text = _header_bytes(header)
+    before = len(text)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(text)
         yield TensorFile(file, tensors, {name: before + start for name, start in starts.items()})
         file.flush()
         os.fsync(file.fileno())  # what is moved to its place has reached the disk
+
+
+def _header_bytes(header: Mapping[str, object], length: int = 0) -> bytes:
+    """A header with its own length in front, filled up with spaces to `length`, or to alignment."""
+    text = json.dumps(header).encode()
+    padded = (length or -(-(8 + len(text)) // ALIGNED) * ALIGNED) - 8
+    return struct.pack("<Q", padded) + text.ljust(padded)
 
 
 def shard(
@@ -114,3 +121,71 @@ def shard_index(shards: Mapping[str, Sequence[Mapping[str, Tensor]]]) -> dict[st
         "metadata": {"total_size": total},
         "weight_map": {name: file for name, _, file in tensors},
     }
+
+
+class Stack:
+    """An open safetensors file of float32 tensors that grow by a row each at a time.
+
+    How many rows there will be is not known before the last one: there is room for the most, and
+    what is left of it is closed up at the end.
+
+    rows : the shape of a row of each tensor
+    most : how many rows there may be
+    metadata : as long as it can become
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        rows: Mapping[str, tuple[int, ...]],
+        most: int,
+        metadata: Mapping[str, str],
+    ) -> None:
+        self.file, self.rows, self.most, self.count = file, rows, most, 0
+        self._before = len(self._header(most, metadata))
+
+    def add(self, arrays: Mapping[str, Array]) -> None:
+        """Put a row behind each tensor."""
+        for name, array in arrays.items():
+            self.file.seek(self._start(name, self.most) + self.count * self._row_bytes(name))
+            self.file.write(np.ascontiguousarray(array, np.float32).data)
+        self.count += 1
+
+    def close(self, metadata: Mapping[str, str]) -> None:
+        """Move the tensors together, and write in front of them what there is."""
+        for name in self.rows:  # towards the front, so that nothing is written over before it moves
+            self._move(
+                self._start(name, self.most),
+                self._start(name, self.count),
+                self.count * self._row_bytes(name),
+            )
+        self.file.truncate(self._before + self.count * sum(map(self._row_bytes, self.rows)))
+        self.file.seek(0)
+        self.file.write(self._header(self.count, metadata, self._before))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def _move(self, source: int, target: int, size: int) -> None:
+        for at in range(0, size if source != target else 0, _MOVED):
+            self.file.seek(source + at)
+            part = self.file.read(min(_MOVED, size - at))
+            self.file.seek(target + at)
+            self.file.write(part)
+
+    def _row_bytes(self, name: str) -> int:
+        return ITEM_BYTES["F32"] * math.prod(self.rows[name])
+
+    def _start(self, name: str, count: int) -> int:
+        """Where a tensor begins when each has so many rows."""
+        names = list(self.rows)
+        before = names[: names.index(name)]
+        return self._before + count * sum(map(self._row_bytes, before))
+
+    def _header(self, count: int, metadata: Mapping[str, str], length: int = 0) -> bytes:
+        """The header for so many rows, filled up with spaces."""
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        end = 0
+        for name, row in self.rows.items():
+            start, end = end, end + count * self._row_bytes(name)
+            header[name] = {"dtype": "F32", "shape": [count, *row], "data_offsets": [start, end]}
+        return _header_bytes(header, length)

@@ -19,8 +19,7 @@ with kept():
         soft_cap,
         softmax,
     )
-    from npvlm.kernels.products import gated, linear, patch_embed
-    from npvlm.model.ops import embed
+    from npvlm.kernels.products import embed, gated, linear, patch_embed
 
 __all__ = [
     "attend",

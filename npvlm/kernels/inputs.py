@@ -31,7 +31,7 @@ from npvlm.kernels.vectors import (
     round_lanes,
     sum_bytes,
 )
-from npvlm.model.weights import LEAST, Array, BFloat16, BFloat16Product, Int4, Int8, Weight
+from npvlm.model.weights import LEAST, Array, Bare, BFloat16, BFloat16Product, Int4, Int8
 
 MOST, SMALLEST = np.float32(127), np.float32(LEAST)
 CHUNK = 4096  # bytes of a packed row that are summed before the sum is added to the others
@@ -62,7 +62,7 @@ def tile_height(rows: int) -> int:
     return 1 if share == 1 else MIDDLE if share <= MIDDLE else TALL
 
 
-def pack(x: Array, w: Weight) -> Inputs:
+def pack(x: Array, w: Bare) -> Inputs:
     """Prepare rows x [T, I] for products with weights like w: rounded as w asks, and in tiles."""
     x = np.ascontiguousarray(x)
     T, I = x.shape

@@ -1,22 +1,24 @@
-"""Linear layers: twins of `ops.linear`, `ops.gated` and `ops.patch_embed`.
+"""Linear layers: twins of `ops.linear`, `ops.gated`, `ops.patch_embed` and `ops.embed`.
 
-Axis letters: T rows of inputs · O, I out and in features.
+Axis letters: T rows of inputs · O, I out and in features · V vocabulary · D width.
 """
 
 from __future__ import annotations
 
 import numpy as np
 from numba import get_num_threads, prange
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from npvlm.kernels.compiling import compiled, parallel
+from npvlm.kernels.elementwise import gelu_tanh
 from npvlm.kernels.functions import gelu
 from npvlm.kernels.inputs import NOTHING, Inputs, numbers_of, pack
 from npvlm.kernels.tiles import COLUMNS, MIDDLE, TALL, WIDTH, add_tile
 from npvlm.kernels.vectors import pointer, pointer_as
 from npvlm.model import ops
+from npvlm.model.ops import Index
 from npvlm.model.tap import Tap
-from npvlm.model.weights import Array, BFloat16, Int4, Int8, Weight, unpack
+from npvlm.model.weights import Adapted, Array, Bare, BFloat16, Int4, Int8, Weight, unpack
 
 SHARES = 4  # blocks of columns for each thread where there is one row: the fewer, the faster
 ROWS = 192  # rows of inputs that share a block of weights while it is in the cache: 32 x 6, 48 x 4
@@ -32,6 +34,9 @@ def linear(x: Array, w: Weight, bias: Weight | None = None) -> Array:
     """
     if x.dtype != np.float32:
         return ops.linear(x, w, bias)
+    if isinstance(w, Adapted):
+        y = w.products(x, linear)
+        return y if bias is None else y + unpack(bias, np.float32)
     y = np.empty((len(x), len(w)), np.float32)
     flat = NOTHING if bias is None else np.ascontiguousarray(unpack(bias, np.float32))
     _multiply(pack(x, w), (w, w), flat, y, False)
@@ -43,14 +48,16 @@ def gated(x: Array, gate: Weight, up: Weight, *, tap: Tap) -> Array:
 
     x [T, I], gate [O, I], up [O, I] -> [T, O]
     """
-    if x.dtype != np.float32 or not _are_alike(gate, up):
+    if x.dtype != np.float32:
         return ops.gated(x, gate, up, tap=tap)
+    if isinstance(gate, Adapted) or isinstance(up, Adapted) or not _are_alike(gate, up):
+        return gelu_tanh(linear(x, gate)) * linear(x, up)
     y = np.empty((len(x), len(gate)), np.float32)
     _multiply(pack(x, gate), (gate, up), NOTHING, y, True)
     return y
 
 
-def patch_embed(pixel_values: Array, w: Array | BFloat16, bias: Weight) -> Array:
+def patch_embed(pixel_values: Array, w: Array | BFloat16 | Adapted, bias: Weight) -> Array:
     """Twin of ops.patch_embed.
 
     pixel_values [N, C, R, R], w [D, C, p, p], bias [D] -> [N, P, D]
@@ -60,14 +67,26 @@ def patch_embed(pixel_values: Array, w: Array | BFloat16, bias: Weight) -> Array
     return linear(flat, w.reshape(D, C * p * p), bias).reshape(*squares.shape[:2], D)
 
 
-def _are_alike(w: Weight, other: Weight) -> bool:
+def embed(ids: Index, table: Weight, scale: float, dtype: DTypeLike) -> Array:
+    """Twin of ops.embed whose rows have the same bits in any company, corrected ones too.
+
+    ids [T], table [V, D] -> [T, D]
+    """
+    if not isinstance(table, Adapted) or dtype != np.float32:
+        return ops.embed(ids, table, scale, dtype)
+    x = ops.embed(ids, table.base, scale, dtype)
+    x += linear(table.up[ids] * (scale * table.scale), table.down.T)
+    return x
+
+
+def _are_alike(w: Bare, other: Bare) -> bool:
     """Whether two weights are stored in the same form, so that one kernel can read both."""
     if isinstance(w, np.ndarray) and isinstance(other, np.ndarray):
         return w.dtype == other.dtype
     return type(w) is type(other)
 
 
-def _stored(w: Weight, x: Inputs) -> tuple[Array, Array, Array, Array]:
+def _stored(w: Bare, x: Inputs) -> tuple[Array, Array, Array, Array]:
     """The bytes of a weight, what its elements are, its group scales, and its row scales."""
     if isinstance(w, Int8):
         return _bytes(w.values), np.empty(0, np.int8), NO_BYTES, w.scales
@@ -89,7 +108,7 @@ def _bytes(values: Array) -> NDArray[np.uint8]:
     return flat
 
 
-def _multiply(x: Inputs, weights: tuple[Weight, Weight], bias: Array, y: Array, gate: bool) -> None:
+def _multiply(x: Inputs, weights: tuple[Bare, Bare], bias: Array, y: Array, gate: bool) -> None:
     """Write the products of packed rows with weights to y [T, O], of two weights if they gate."""
     w, like, groups, scales = _stored(weights[0], x)
     w2, _, groups2, scales2 = _stored(weights[1], x) if gate else (w, like, groups, scales)

@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from npvlm.model.tap import Tap
 from npvlm.model.weights import (
+    Adapted,
     Array,
     BFloat16,
     BFloat16Product,
@@ -44,11 +45,14 @@ def linear(x: Array, w: Weight, bias: Weight | None = None) -> Array:
     Weights are stored [out, in] and used as stored: they are widened a block of rows at a time,
     never as a whole. Products are summed in short runs, and then the runs: a long chain of float32
     additions rounds half as well again. What kind of weight it is says how exact the inputs are:
-    as they come, rounded to bfloat16, or rotated and rounded to 8 bits.
+    as they come, rounded to bfloat16, or rotated and rounded to 8 bits. A correction beside a
+    weight has products of its own, with inputs as they come.
 
     x [T, I], w [O, I], bias [O] -> [T, O]
     """
-    if isinstance(w, Int8 | Int4):
+    if isinstance(w, Adapted):
+        y = w.products(x, linear)
+    elif isinstance(w, Int8 | Int4):
         y = _integer_products(x, w)
     else:
         if isinstance(w, BFloat16Product):
@@ -95,7 +99,7 @@ def _blocks(w: Weight) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def patch_embed(pixel_values: Array, w: Array | BFloat16, bias: Weight) -> Array:
+def patch_embed(pixel_values: Array, w: Array | BFloat16 | Adapted, bias: Weight) -> Array:
     """Cut each picture into squares and map each square to a vector.
 
     A convolution whose stride is its kernel is a linear layer over the squares, taken row by row;

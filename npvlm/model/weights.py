@@ -5,14 +5,14 @@ are rotated alike: rotation leaves the product as it is, and spreads a few featu
 the rest over all of them, which would otherwise take the whole range of a row's one scale.
 
 Axis letters: T rows of inputs · O out features · I in features · J in features padded to whole
-blocks of the rotation.
+blocks of the rotation · r rank of a correction.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -139,7 +139,61 @@ class Int4:
 
 
 Packed = Int8 | Int4
-Weight = Array | BFloat16 | Packed
+Bare = Array | BFloat16 | Packed
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """A weight with a correction of low rank beside it: gain * (base + scale * up @ down).
+
+    The base stays as it is stored, packed too, and the correction as exact as it came. In a table
+    `up` has a row for each entry; in a kernel over squares `down` has them flat.
+
+    up [O, r], down [r, I], gain [O] or none
+    """
+
+    base: Bare
+    down: NDArray[np.float32]
+    up: NDArray[np.float32]
+    scale: float
+    gain: NDArray[np.float64] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, rows: Any) -> Adapted:
+        gain = None if self.gain is None else self.gain[rows]
+        return replace(self, base=self.base[rows], up=self.up[rows], gain=gain)
+
+    def reshape(self, *shape: int) -> Adapted:
+        """The same rows, each in another shape; packed weights have only one."""
+        assert not isinstance(self.base, Int8 | Int4) and shape[0] == len(self)
+        return replace(self, base=self.base.reshape(*shape))
+
+    def products(self, x: Array, linear: Callable[[Array, Any], Array]) -> Array:
+        """The inputs times this weight, by the `linear` of a namespace of operations.
+
+        x [T, I] -> [T, O]
+        """
+        y = linear(x, self.base)
+        y += linear(linear(x, self.down) * self.scale, self.up)
+        if self.gain is not None:
+            y *= self.gain
+        return y
+
+    def unpack(self) -> NDArray[np.float64]:
+        """The two merged, rounded to float64 alone."""
+        merged = unpack(self.base, np.float64)
+        correction = self.up.astype(np.float64) @ self.down.astype(np.float64)
+        merged = merged + self.scale * correction.reshape(merged.shape)
+        return merged if self.gain is None else merged * self.gain[:, None]
+
+
+Weight = Bare | Adapted
 
 
 def unpack(weight: Weight, dtype: DTypeLike) -> Array:
@@ -150,6 +204,8 @@ def unpack(weight: Weight, dtype: DTypeLike) -> Array:
 
 def is_finite(weight: Weight) -> bool:
     """Whether a weight holds no inf and no nan; a packed one would hold them in its scales."""
+    if isinstance(weight, Adapted):
+        return all(map(is_finite, (weight.base, weight.down, weight.up)))
     if isinstance(weight, Int4):
         weight = BFloat16(weight.scales)
     elif isinstance(weight, Int8):

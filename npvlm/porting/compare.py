@@ -158,8 +158,8 @@ def compare(
     config = parse_config(truth.manifest["config"])
     if model is not None and not _is_of(truth.manifest, model):
         raise UsageError(
-            f"{model.name} is not the model of {reference}, expected one whose config.json is "
-            f"that of {truth.manifest['model']}; name it with --model, or none."
+            f"{model.called} is not the model of {reference}, expected one whose config.json is "
+            f"that of {_called(truth.manifest)}; name it with --model, or none."
         )
     described = truth.described()
     _check_shapes(reference, described, config)
@@ -198,7 +198,7 @@ def compare(
     if replayed:
         if model is None:
             raise UsageError(
-                f"the model of {reference} ({truth.manifest['model']}) is not there, which a "
+                f"the model of {reference} ({_called(truth.manifest)}) is not there, which a "
                 "replay runs; name it with --model."
             )
         rows = _localised(rows, values, model)
@@ -207,7 +207,7 @@ def compare(
     if (other := _other_run(truth.manifest, port.manifest)) and not verdict.same:
         verdict = replace(verdict, sentence=f"{other} {verdict.sentence}")
     unread = {name: _meant(name, found, described) for name in unmatched(held, found)}
-    run = f"{truth.manifest['model']}, {truth.manifest.get('prompt')!r}"
+    run = f"{_called(truth.manifest)}, {truth.manifest.get('prompt')!r}"
     return Report(str(reference), str(mine), run, precision, rows, unread, verdict)
 
 
@@ -234,9 +234,11 @@ def model_of(reference: Path) -> Model | None:
     if notes is None:
         return None
     around = reference.expanduser().resolve().parents
-    for place in dict.fromkeys([notes["model"], *(str(up / notes["model"]) for up in around)]):
+    named = notes.get("adapter")
+    for up in (Path(), *around):
+        place = notes["model"] if up == Path() else str(up / notes["model"])
         try:
-            model = load(place, ops="numpy")
+            model = load(place, ops="numpy", adapter=up / named if named else None)
         except NpvlmError:
             continue
         if _is_of(notes, model):
@@ -255,10 +257,16 @@ def _other_run(notes: Mapping[str, Any], mine: Mapping[str, Any] | None) -> str 
     return "These are runs on two pictures." if pictures[0] != pictures[1] else None
 
 
+def _called(notes: Mapping[str, Any]) -> str:
+    """The model of a trace, with its adapter."""
+    adapter = notes.get("adapter")
+    return f"{notes['model']} with --adapter {adapter}" if adapter else str(notes["model"])
+
+
 def _is_of(notes: Mapping[str, Any], model: Model) -> bool:
-    """Whether a trace is of a model, as far as its config tells."""
+    """Whether a trace is of a model, as far as its config tells, and with an adapter as it is."""
     same: bool = read_json(find_folder(model.name) / "config.json") == notes["config"]
-    return same
+    return same and (notes.get("adapter") is None) == (model.adapter is None)
 
 
 def _alone(rows: Mapping[str, Row]) -> Iterator[tuple[str, str]]:

@@ -213,6 +213,7 @@ def _facts(
         "schema": SCHEMA,
         "made_by": f"npvlm {npvlm.__version__}",
         "model": model.name,
+        "adapter": str(model.adapter.folder) if model.adapter else None,
         "config": read_json(find_folder(model.name) / "config.json"),
         "prompt": prompt,
         "ids": inputs.ids.tolist(),

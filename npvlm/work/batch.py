@@ -115,4 +115,4 @@ def answer(
 def _settings(model: Model, item: Item, max_tokens: int | None) -> dict[str, Any]:
     """What an answer depends on besides the picture and the prompt."""
     limit = max_tokens or tasks.max_tokens(item.prompt or "")
-    return {"model": model.name, "precision": model.precision, "max_tokens": limit}
+    return {"model": model.called, "precision": model.precision, "max_tokens": limit}

@@ -112,7 +112,13 @@ def bench_synthetic(
 
 
 def bench(
-    name: str, folder: Path, precision: str | None, plan: Plan, against: str | None, say: Say
+    name: str,
+    folder: Path,
+    precision: str | None,
+    plan: Plan,
+    against: str | None,
+    say: Say,
+    adapter: Path | None = None,
 ) -> Report:
     """Measure a checkpoint, alone or in turns with another program.
 
@@ -125,6 +131,7 @@ def bench(
     against : the other program: transformers, transformers:bfloat16, transformers:float32 or
         llama.cpp
     say : called with what is going on
+    adapter : a LoRA to run the checkpoint with
 
     Raises
     ------
@@ -140,7 +147,7 @@ def bench(
 
     packs = precision in PACKED and parse_config(values).quantization is None
     say(f"packing the weights as {precision} in memory" if packs else "opening the model")
-    model = open_model(folder, precision)
+    model = open_model(folder, precision, adapter)
     inputs = random_inputs(model.config, plan.batch, plan.prompt_tokens)
     with ExitStack() as stack:
         ours = _Side("npvlm", model.load, memory_now())

@@ -1,26 +1,30 @@
-"""Write a checkpoint again at another precision, block by block: a 28B needs no more than a 3B."""
+"""Write a checkpoint again at another precision or with an adapter in it, block by block.
+
+A 28B needs no more memory than a 3B.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from npvlm.api import find_folder
 from npvlm.config import FORMAT_VERSION, PACKED, Values, parse_config, read_config, read_json
 from npvlm.errors import NpvlmError, UsageError
+from npvlm.files.adapters import open_adapter
 from npvlm.files.checkpoint import INDEX, OTHER_FORMATS, open_checkpoint
 from npvlm.files.masks import find_mask_decoder
 from npvlm.files.output import new_folder, place_of
 from npvlm.files.packed import blocks_of, packing, part_tensors, parts_of
 from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
 from npvlm.kernels.packing import PACKERS
-from npvlm.model.weights import Array, BFloat16, Weight, round_to_bfloat16, unpack
+from npvlm.model.weights import Adapted, Array, BFloat16, Weight, round_to_bfloat16, unpack
 
 SHARD_BYTES = 5_000_000_000
 LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in other formats larger
@@ -28,7 +32,13 @@ LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in othe
 Progress = Callable[[int, int, int, int], None]
 
 
-def convert(source: str | Path, destination: Path, precision: str, progress: Progress) -> None:
+def convert(
+    source: str | Path,
+    destination: Path,
+    precision: str | None,
+    progress: Progress,
+    adapter: Path | None = None,
+) -> None:
     """Write a checkpoint folder whose weights are stored as `precision` computes with them.
 
     docs/format.md says what is in it. It appears whole or not at all.
@@ -37,16 +47,19 @@ def convert(source: str | Path, destination: Path, precision: str, progress: Pro
     ----------
     source : the name of a bundled model, or a checkpoint folder as published
     destination : a folder that is not there yet, or an empty one
-    precision : "bfloat16", "int8" or "int4"
+    precision : "bfloat16", "int8" or "int4"; None keeps the types that weights are stored in
     progress : told before every block and at the end: weights done, weights in all, bytes
         written, bytes in all
+    adapter : a LoRA to merge into the weights: in float64, rounded to float32, and from there as
+        any other weight
 
     Raises
     ------
     UsageError
         Where the source is packed already or the destination is no place for a new folder.
     NpvlmError
-        Where the source is damaged, or the disk too small or not to be written.
+        Where the source or the adapter is damaged, the two do not fit, or the disk is too small or
+        not to be written.
     """
     folder = find_folder(source)
     destination = place_of(destination)
@@ -58,6 +71,10 @@ def convert(source: str | Path, destination: Path, precision: str, progress: Pro
             f"{folder} is packed as {config.quantization} already; convert the original checkpoint."
         )
     weights = open_checkpoint(folder, config)
+    tables = len(weights)
+    if adapter is not None:
+        opened = open_adapter(adapter.expanduser())
+        weights = opened.correct(opened.replace(weights))
     layout = {name: _tensors(name, weight, precision) for name, weight in weights.items()}
     copied = _small_files(folder)
     total = sum(tensor.bytes for tensors in layout.values() for tensor in tensors.values())
@@ -67,6 +84,8 @@ def convert(source: str | Path, destination: Path, precision: str, progress: Pro
         for file in copied:
             (draft / file.name).write_bytes(_content(file))
         values = _config(read_json(folder / "config.json"), precision)
+        if len(weights) > tables:  # an adapter has changed one of two tied tables
+            values = _untied(values)
         _write_json(draft / "config.json", values)
 
         shards = shard(list(layout.values()), SHARD_BYTES)
@@ -86,12 +105,14 @@ def convert(source: str | Path, destination: Path, precision: str, progress: Pro
                     done += 1
         progress(done, len(layout), written, total)
         # What was written is opened as it will be used, before it takes its place.
-        open_checkpoint(draft, replace(config, quantization=parse_config(values).quantization))
+        open_checkpoint(draft, parse_config(values))
 
 
-def _tensors(name: str, weight: Weight, precision: str) -> dict[str, Tensor]:
+def _tensors(name: str, weight: Weight, precision: str | None) -> dict[str, Tensor]:
     """The tensors that a weight becomes, its own name first."""
     shape = weight.shape
+    if isinstance(weight, Adapted):
+        weight = weight.base
     if kind := packing(name, shape, precision):
         parts = part_tensors(name, shape, kind)
         return {part: Tensor(dtype, size) for part, (dtype, size) in parts.items()}
@@ -101,12 +122,17 @@ def _tensors(name: str, weight: Weight, precision: str) -> dict[str, Tensor]:
     return {name: Tensor("F16" if dtype == np.float16 else "F32", shape)}
 
 
-def _pieces(name: str, weight: Weight, precision: str) -> Iterator[tuple[int, tuple[Array, ...]]]:
+def _pieces(
+    name: str, weight: Weight, precision: str | None
+) -> Iterator[tuple[int, tuple[Array, ...]]]:
     """What a weight becomes, a few rows at a time: the first row, and each tensor's part."""
     kind = packing(name, weight.shape, precision)
     for rows in blocks_of(weight):
         block = weight[rows]
         numbers = unpack(block, np.float32)
+        if isinstance(block, Adapted):
+            block = numbers if kind else _stored_as(block.base, numbers)
+            numbers = unpack(block, np.float32)
         if not np.isfinite(numbers).all():
             raise NpvlmError(f"{name} holds inf or nan, expected numbers; copy the model again.")
         if kind:
@@ -119,14 +145,31 @@ def _pieces(name: str, weight: Weight, precision: str) -> Iterator[tuple[int, tu
             yield rows.start, (block,)
 
 
-def _config(values: dict[str, Any], precision: str) -> Values:
+def _stored_as(base: Weight, numbers: NDArray[np.float32]) -> Array | BFloat16:
+    """Numbers in the type of a weight that is not packed; those too large for it are infinite."""
+    if isinstance(base, BFloat16):
+        return round_to_bfloat16(numbers)
+    assert isinstance(base, np.ndarray)
+    with np.errstate(over="ignore"):
+        return numbers.astype(base.dtype)
+
+
+def _config(values: dict[str, Any], precision: str | None) -> dict[str, Any]:
     """The config.json of what is written: a type of weights, or how they are packed."""
+    if precision is None:
+        return values
     if precision in PACKED:
         entry = {"format": "npvlm", "version": FORMAT_VERSION, "precision": precision}
         return values | {"quantization": entry}
     if "dtype" not in values:
         values = values | {"torch_dtype": precision}
     return _retyped(values, precision)
+
+
+def _untied(values: dict[str, Any]) -> dict[str, Any]:
+    """Values that say that the output layer is not the embedding table."""
+    untied = {"tie_word_embeddings": False}
+    return values | untied | {"text_config": (values.get("text_config") or {}) | untied}
 
 
 def _retyped(values: Values, precision: str) -> dict[str, Any]:

@@ -28,7 +28,9 @@ FEW = 4  # of any other's, which may be large
 Named = tuple[str, Check]
 
 
-def doctor(model: str | None = None, pictures: Path | None = None) -> Iterator[Finding]:
+def doctor(
+    model: str | None = None, pictures: Path | None = None, adapter: Path | None = None
+) -> Iterator[Finding]:
     """Check the machine, the installation and the bundled model, then a model of one's own.
 
     Findings are given one by one, as they are made; nothing is written.
@@ -37,6 +39,7 @@ def doctor(model: str | None = None, pictures: Path | None = None) -> Iterator[F
     ----------
     model : a bundled model or a checkpoint folder
     pictures : a folder with the pictures of published expectations
+    adapter : a LoRA to check that model with
 
     Raises
     ------
@@ -47,8 +50,8 @@ def doctor(model: str | None = None, pictures: Path | None = None) -> Iterator[F
     for name, check in _own_checks():
         yield run_check(name, check)
     yield from _model_checks(NAME, find_folder(NAME), None, STEPS)
-    if model is not None and folder is not None and model != NAME:
-        yield from _model_checks(model, folder, pictures, FEW)
+    if model is not None and folder is not None and (model != NAME or adapter is not None):
+        yield from _model_checks(model, folder, pictures, FEW, adapter)
 
 
 def _own_checks() -> list[Named]:
@@ -61,20 +64,22 @@ def _own_checks() -> list[Named]:
     ]
 
 
-def _model_checks(name: str, folder: Path, pictures: Path | None, steps: int) -> Iterator[Finding]:
+def _model_checks(
+    name: str, folder: Path, pictures: Path | None, steps: int, adapter: Path | None = None
+) -> Iterator[Finding]:
     """Load a model, then run it and its tokenizer; a model that does not load is one finding."""
     try:
-        model = load(name)
+        model = load(name, adapter=adapter)
     except NpvlmError as error:
         yield Finding("load", WRONG, str(error))
         return
-    yield Finding("load", OK, f"{name}, {model.precision}")
+    yield Finding("load", OK, f"{model.called}, {model.precision}")
     called = published_name(name, folder, raw_values(folder))
     for title, check in (
         ("room", lambda: _check_room(model)),
         ("tokenizer ids", lambda: check_words(model, folder)),
         *Trial(model, draw_picture(), steps).checks(),
-        *published_checks(model, called, pictures),
+        *(published_checks(model, called, pictures) if adapter is None else ()),
     ):
         yield run_check(title, check)
 

@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from npvlm.files.names import EMBED_TOKENS
 from npvlm.kernels.bandwidth import read_bandwidth
-from npvlm.model.weights import Array, Weight
+from npvlm.model.weights import Adapted, Array, Weight
 from npvlm.work.rounds import Inputs, Opened, look, write
 
 LINEAR_OPS = ("linear", "gated")  # the operations that multiply by weight matrices
@@ -92,9 +92,12 @@ def measure_limits(model: Opened, inputs: Inputs, new_tokens: int, repeat: int) 
 
 
 def stored_bytes(weight: Weight) -> int:
-    """How much a weight takes as it is stored, scales included."""
-    parts = vars(weight).values() if is_dataclass(weight) else [weight]
-    return sum(part.nbytes for part in parts if isinstance(part, np.ndarray))
+    """How much a weight takes as it is stored, scales and a correction included."""
+    if isinstance(weight, np.ndarray):
+        return weight.nbytes
+    base = stored_bytes(weight.base) if isinstance(weight, Adapted) else 0
+    own = [part for name, part in vars(weight).items() if name != "base"]
+    return base + sum(part.nbytes for part in own if isinstance(part, np.ndarray))
 
 
 def _one_pass(model: Opened, inputs: Inputs, new_tokens: int) -> Limits:

@@ -16,6 +16,7 @@ import numpy as np
 from npvlm.api import open_weights
 from npvlm.config import Config, read_config
 from npvlm.decoding.generate import Token, generate
+from npvlm.files.adapters import open_adapter
 from npvlm.model import paligemma
 from npvlm.model.ops import Index
 from npvlm.model.tap import closed
@@ -42,11 +43,12 @@ class Inputs:
     pixels: Array
 
 
-def open_model(folder: Path, precision: str | None) -> Opened:
+def open_model(folder: Path, precision: str | None, adapter: Path | None = None) -> Opened:
     """Open a checkpoint folder as `load` does, its tokenizer aside."""
     began = time.perf_counter()
     config = read_config(folder)
-    weights, precision, ops = open_weights(folder, config, precision, "kernels")
+    beside = open_adapter(adapter) if adapter is not None else None
+    weights, precision, ops = open_weights(folder, config, precision, "kernels", beside)
     return Opened(config, weights, precision, ops, time.perf_counter() - began)
 
 

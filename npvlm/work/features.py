@@ -1,0 +1,103 @@
+"""Features and hidden states of many pictures in one safetensors file.
+
+Axis letters: N pictures that could be read · P patches · D width of the decoder · T tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from npvlm.api import Failed, Model, Seen
+from npvlm.errors import NpvlmError
+from npvlm.files.output import new_file
+from npvlm.files.writer import Stack
+
+
+def save_features(
+    model: Model,
+    pictures: Sequence[Path | BinaryIO],
+    output: Path,
+    layers: Sequence[int],
+    prompt: str | None,
+    tell_failed: Callable[[Failed], None],
+    tell: Callable[[int], None],
+) -> int:
+    """Write what a model sees on pictures, a row for each that can be read; how many there are.
+
+    The file has `features` [N, P, D], and `hidden.LAYER` [N, T, D] of each of the layers, in
+    float32. Its metadata name the pictures (`images`, a JSON list in the order of the rows), the
+    model, the precision, and the prompt where hidden states follow one. It appears whole or not at
+    all, and no more than a few pictures are in memory.
+
+    Parameters
+    ----------
+    layers : of `Model.hidden_states`, with a prompt
+    tell_failed : told of each picture that cannot be read
+    tell : told how many pictures are done
+
+    Raises
+    ------
+    UsageError
+        For a layer that there is not, or too long a prompt.
+    NpvlmError
+        Where no picture can be read, or the file cannot be written.
+    """
+    kept: list[str] = []
+
+    def metadata(names: Sequence[str]) -> dict[str, str]:
+        about = {"format": "npvlm-features", "model": model.called, "precision": model.precision}
+        about |= {"images": json.dumps(names)}
+        return about if prompt is None else about | {"prompt": json.dumps(prompt)}
+
+    with new_file(output) as draft, draft.open("w+b") as file:
+        stack = None
+        for done, found in enumerate(model.look_all(pictures), 1):
+            if isinstance(found, Failed):
+                tell_failed(found)
+                continue
+            arrays = _arrays(model, found, layers, prompt)
+            if stack is None:
+                _check_space(output, len(pictures) * sum(a.nbytes for a in arrays.values()))
+                rows = {name: array.shape for name, array in arrays.items()}
+                longest = metadata([_name(picture) for picture in pictures])
+                stack = Stack(file, rows, len(pictures), longest)
+            stack.add(arrays)
+            kept.append(found.name)
+            tell(done)
+        if stack is None:
+            raise NpvlmError(f"no picture could be read, so {output} is not written.")
+        stack.close(metadata(kept))
+    return len(kept)
+
+
+def _arrays(
+    model: Model, seen: Seen, layers: Sequence[int], prompt: str | None
+) -> dict[str, NDArray[np.float32]]:
+    """What is kept of a picture, by the names of the tensors."""
+    arrays = {"features": model.features(seen)}
+    if prompt is not None:
+        states = model.hidden_states(seen, prompt, layers)
+        count = model.config.text_config.num_hidden_layers + 1
+        arrays |= {f"hidden.{n % count}": x for n, x in zip(layers, states, strict=True)}
+    return arrays
+
+
+def _name(picture: Path | BinaryIO) -> str:
+    return str(picture if isinstance(picture, Path) else picture.name)
+
+
+def _check_space(output: Path, needed: int) -> None:
+    folder = output.expanduser().resolve().parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise NpvlmError(
+            f"{folder} has {free / 1e9:.1f} GB left, expected {needed / 1e9:.1f} GB; name fewer "
+            "pictures or layers, or a place on another disk."
+        )
