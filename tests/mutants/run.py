@@ -53,8 +53,8 @@ GROUPS = {
     "answers": (
         ["answers/*.py"],
         (
-            "boxes masks outlines detection drawing explain explanation_page explanation_sheet heat"
-            " scores formats tasks fonts api"
+            "boxes masks outlines detection drawing explain explanation_page explanation_sheet"
+            " explanation heat scores formats tasks fonts api"
         ),
         "",
     ),
