@@ -92,7 +92,7 @@ def try_group(group: str, again: bool, sample: int | None) -> None:
     """Show the mutants of a group that have no result yet to its tests."""
     results, mutants = kept(group), mutants_of_group(group)
     if sample:
-        mutants = random.Random(6).sample(mutants, min(sample, len(mutants)))
+        mutants = random.Random(6).sample(mutants, len(mutants))[:sample]
     wanted = ("survived", "untested") if again else (None,)
     mutants = [m for m in mutants if results.get(m.key) in wanted]
     if not mutants:
