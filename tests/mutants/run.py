@@ -54,7 +54,7 @@ GROUPS = {
         ["answers/*.py"],
         (
             "boxes masks outlines detection drawing explain explanation_page explanation_sheet"
-            " explanation heat scores formats tasks fonts api"
+            " explanation heat lines scores formats tasks fonts api"
         ),
         "",
     ),
