@@ -271,6 +271,7 @@ def test_heat_is_how_far_the_odds_fall_under_the_cover() -> None:
 
     told = []
     falls = occlude(picture, 16, read, read(picture), lambda *done: told.append(done))
+    assert falls.shape == (3, 16 * 16)
     falls = falls.reshape(3, 16, 16)
     for fall, (row, column), size in zip(falls, places, (1, 2, -1), strict=True):
         assert fall[row // 4, column // 4] == pytest.approx(size, rel=1e-2)
