@@ -54,7 +54,7 @@ GROUPS = {
         ["answers/*.py"],
         (
             "boxes masks outlines detection drawing explain explanation_page explanation_sheet"
-            " explanation heat lines scores formats tasks fonts api"
+            " explanation heat lines scores formats tasks words fonts api"
         ),
         "",
     ),
@@ -93,7 +93,7 @@ def try_group(group: str, again: bool, sample: int | None) -> None:
     results, mutants = kept(group), mutants_of_group(group)
     if sample:
         mutants = random.Random(6).sample(mutants, len(mutants))[:sample]
-    wanted = ("survived", "untested") if again else (None,)
+    wanted = (None, "survived", "untested") if again else (None,)
     mutants = [m for m in mutants if results.get(m.key) in wanted]
     if not mutants:
         return
