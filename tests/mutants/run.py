@@ -95,13 +95,15 @@ def try_group(group: str, again: bool, sample: int | None) -> None:
         mutants = random.Random(6).sample(mutants, len(mutants))[:sample]
     wanted = (None, "survived", "untested") if again else (None,)
     mutants = [m for m in mutants if results.get(m.key) in wanted]
+    hopeless = equivalent() if again else {}
+    mutants = [m for m in mutants if (m.file, m.diff) not in hopeless]
     if not mutants:
         return
     _, names, only = GROUPS[group]
     tests = [ROOT / "tests" / f"test_{name}.py" for name in names.split()]
     options = ["-s", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-k", only or "test"]
     runner = Runner(
-        mutants, KEPT / f"slow-{group}.json", partial(keep, group), 20.0 if again else 1.0
+        mutants, KEPT / f"slow-{group}.json", partial(keep, group), 4.0 if again else 1.0
     )
     with tempfile.TemporaryDirectory() as place:
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = place
