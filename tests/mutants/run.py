@@ -3,14 +3,15 @@
     pip install -r tests/mutants/requirements.txt
     python -m tests.mutants.run ops answers          # groups: ops, model, answers, files
     python -m tests.mutants.run files --sample 300   # so many of the group's mutants, drawn by lot
-    python -m tests.mutants.run ops --again          # all tests for those that none noticed so far
+    python -m tests.mutants.run ops --again          # more tests for those that none noticed so far
     python -m tests.mutants.run                      # only write figures.md anew
 
 mutmut makes the mutants: a sign turned, a bound moved by one, an argument dropped, a condition
 forced. It is not mutmut that runs them: `mutmut run` collects the tests again for each one, which
 takes ten times as long as the tests do. Here one process collects and runs the tests once, notes
 which touch which function, and forks for each mutant; the child puts the mutant's code into the
-function and runs the tests that touch it, for a second, the quickest first, until one fails.
+function and runs the tests that touch it, the quickest first and for a second
+(four with --again), until one fails.
 
 A test that starts a process shows that process the sources as they are. What such tests alone
 hold, most of files/download.py, counts as not noticed.
@@ -63,7 +64,10 @@ GROUPS = {
     ),
     "files": (
         ["files/*.py"],
-        "checkpoint tokenizer pictures names output masks hub convert writer listing published weights",
+        (
+            "checkpoint tokenizer pictures names output masks hub convert writer listing published"
+            " weights"
+        ),
         "",
     ),
 }
