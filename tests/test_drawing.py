@@ -171,6 +171,21 @@ def test_a_label_begins_with_its_box_but_stays_on_the_picture(x: int) -> None:
     assert (left == 0) if x <= 0 else (right == 799)
 
 
+def test_labels_side_by_side_do_not_push_each_other_away() -> None:
+    pixels = drawn([Box("one", 40, 100, 140, 300), Box("two", 240, 100, 340, 300)])
+    for column, colour in ((41, COLOURS[0]), (241, COLOURS[1])):
+        assert (pixels[90:100, column] == colour).all()
+
+
+@pytest.mark.parametrize("size", [(600, 1500), (150, 1500), (1500, 150), (20, 1500)])
+def test_a_label_is_no_wider_than_the_picture_and_uses_its_width(size: tuple[int, int]) -> None:
+    width, height = size
+    box = Box("some words " * 40, 0, height // 2, width, height // 2 + 20)
+    left, top, right, bottom = strip_of(box, size)
+    assert left == 0 and right < width and bottom - top < 60
+    assert right > 0.8 * width - 12  # a letter more would be too much
+
+
 def test_letters_have_the_same_margin_on_opposite_sides() -> None:
     size, line = (2000, 900), 8
     box = Box("HH", 100, 300, 700, 800)

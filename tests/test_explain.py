@@ -21,6 +21,7 @@ import npvlm
 from golden.explain import is_lit, pictures, things_of
 from golden.shapes import caption
 from npvlm.answers.attention import AttentionTap, attention_weights
+from npvlm.answers.confidence import NEAR
 from npvlm.answers.explanation import METHODS, Explanation, Word
 from npvlm.answers.heat import wash
 from npvlm.answers.occlusion import cover, log_odds, occlude, parts
@@ -154,6 +155,23 @@ def test_an_answer_read_at_once_has_the_probabilities_of_the_whole_pass(
     np.testing.assert_allclose(read, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_location_counts_with_those_near_to_it_and_no_other_token_does(
+    config: Config, weights: Weights, ops: ModuleType
+) -> None:
+    prompt, features, places = tiny_prompt(config, 4), features_of(config), range(6, 40)
+    arguments = prompt, ANSWER, features, weights, config
+    alone = read_answer(*arguments, range(0), ops=ops, tap=closed)
+    read = read_answer(*arguments, places, ops=ops, tap=closed)
+    scores = logits(prompt, ANSWER, features, weights, config, ops=ops, tap=closed)
+    for i, token in enumerate(ANSWER):
+        if token not in places:
+            assert read[i] == alone[i]
+            continue
+        chances = np.exp(ops.log_softmax(scores[len(prompt) - 1 + i]))
+        near = [at for at in places if abs(at - token) <= NEAR]
+        assert read[i] == pytest.approx(np.log(chances[near].sum()), rel=1e-4)
+
+
 def test_damaged_weights_are_said_to_be_so(config: Config, ops: ModuleType) -> None:
     weights, features = tiny_weights(config, dtype=np.float32), features_of(config)
     features[0, 0] = np.nan
@@ -271,6 +289,7 @@ def test_heat_is_how_far_the_odds_fall_under_the_cover() -> None:
 
     told = []
     falls = occlude(picture, 16, read, read(picture), lambda *done: told.append(done))
+    assert falls.shape == (3, 16 * 16)
     falls = falls.reshape(3, 16, 16)
     for fall, (row, column), size in zip(falls, places, (1, 2, -1), strict=True):
         assert fall[row // 4, column // 4] == pytest.approx(size, rel=1e-2)

@@ -92,11 +92,16 @@ def test_each_heat_is_its_wash_with_a_ring_where_one_part_stands_out() -> None:
         assert decoded(source).convert("RGBA").tobytes() == expected.tobytes()
     places = ["left:50.00%;top:10.00%", "left:90.00%;top:50.00%", "left:10.00%;top:90.00%"]
     assert [a["style"] for a in elements(text, "i")] == places
+    assert re.findall(r'id="heat-4"><img[^>]*>(.*?)</div>', text) == [""]
 
 
 @pytest.mark.parametrize(
     ("size", "shown", "stretched"),
-    [((2000, 500), (1024, 256), (128, 32)), ((3, 900), (3, 900), (1, 128))],
+    [
+        ((2000, 500), (1024, 256), (128, 32)),
+        ((3, 900), (3, 900), (1, 128)),
+        ((900, 3), (900, 3), (128, 1)),
+    ],
 )
 def test_the_picture_is_whole_and_no_larger_than_a_page_needs(size, shown, stretched) -> None:
     picture = Image.new("RGB", size, (10, 200, 30))
@@ -129,6 +134,20 @@ def test_the_page_tells_how_it_was_made_and_what_the_light_shows(method: str) ->
     ]
     assert "<title>caption &lt;en&gt;: a &lt;red&gt; thing</title>" in text
     assert "<h1>caption &lt;en&gt;</h1>" in text
+
+
+@pytest.mark.parametrize(
+    ("around", "within"),
+    [
+        (r'<div class="words" id="words">(.*?)</div>', "button"),
+        (r'alt="my photo.png">(.*?)</div>\s*<figcaption', "div"),
+        (r'<div class="told">(.*?)</div>', "p"),
+        (r"<dl>(.*?)</dl>", "div"),
+    ],
+)
+def test_nothing_stands_between_the_parts(around: str, within: str) -> None:
+    inside = re.search(around, page(explanation()), re.S)[1]
+    assert re.sub(f"<{within}.*?</{within}>", "", inside, flags=re.S).split() == []
 
 
 def test_the_page_says_whose_answer_it_is_and_copes_without_names() -> None:

@@ -7,7 +7,18 @@ import pytest
 from PIL import Image
 
 from npvlm.answers.explanation import Explanation, Word
-from npvlm.answers.explanation_sheet import CAPTION, FAINT, GAP, INK, MARGIN, NARROW, PAPER, sheet
+from npvlm.answers.explanation_sheet import (
+    CAPTION,
+    FAINT,
+    GAP,
+    INK,
+    MARGIN,
+    NARROW,
+    PAPER,
+    SMALL,
+    TITLE,
+    sheet,
+)
 from npvlm.answers.heat import lit
 
 GREEN = (0, 200, 0)
@@ -98,6 +109,33 @@ def test_the_hottest_place_has_a_ring_dark_and_light_and_flat_heat_has_none() ->
         expected = 112.5 - radius, 112.5 + radius, 150 - radius, 150 + radius
         assert np.abs(np.subtract(edges, expected)).max() <= 1
     assert not of_colour(second[147:154, 110:116], INK, (255, 255, 255)).any()
+
+
+@pytest.mark.parametrize(("height", "radius"), [(200, 60 * 2 / 22), (100, 4)])
+def test_the_ring_is_smaller_on_a_flat_picture(height: int, radius: float) -> None:
+    heat = np.zeros((4, 4))
+    heat[2, 1] = 1.0
+    pixels = drawn((1000, height), [Word(" a", [5], 0.5, heat)])
+    left, top, right, bottom = panels(pixels)[0]
+    assert (right - left, bottom - top) == (600, height * 0.6)
+    second = pixels[bottom + CAPTION + GAP :][: bottom - top, left:right]
+    rows, columns = np.nonzero(of_colour(second, (255, 255, 255)))
+    edges = columns.min(), columns.max(), rows.min(), rows.max()
+    x, y = 0.375 * 600, 0.625 * 0.6 * height
+    assert np.abs(np.subtract(edges, (x - radius, x + radius, y - radius, y + radius))).max() <= 1
+
+
+def test_there_is_room_for_two_lines_above_the_panels_and_for_one_below() -> None:
+    pixels = drawn((300, 240), flat(2))
+    assert panels(pixels)[0][1] == MARGIN + TITLE + 3 * SMALL
+    assert len(pixels) - panels(pixels)[-1][3] == CAPTION + GAP + MARGIN + 2 * SMALL
+
+
+def test_the_question_is_larger_than_what_is_said_about_it() -> None:
+    pixels = drawn((300, 240), flat(1), prompt="HHH", model="HHH", precision="", method="attention")
+    top = panels(pixels)[0][1]
+    [(first, last)] = runs(of_colour(pixels[:top], INK).any(1))
+    assert 0.6 * TITLE < last - first < TITLE
 
 
 def test_the_question_stands_above_with_how_it_was_asked_and_the_note_below() -> None:

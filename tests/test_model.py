@@ -11,9 +11,11 @@ from npvlm.decoding import generate as generating
 from npvlm.decoding.generate import generate, logits
 from npvlm.decoding.sampling import Chooser, Sampling
 from npvlm.errors import NpvlmError
+from npvlm.model import ops as definitions
 from npvlm.model import paligemma
 from npvlm.model.cache import Rows, fork, new_cache
 from npvlm.model.tap import closed
+from npvlm.porting.stages import stages
 from tests.tiny import IMAGE, tiny_config, tiny_pixels, tiny_prompt, tiny_weights
 
 GREEDY, DRAWN = Sampling(), Sampling(temperature=1.0)
@@ -230,3 +232,17 @@ def test_the_namespace_given_is_the_one_used(ops, config, weights, monkeypatch) 
     logits(prompt, empty, features, weights, config, ops=handed, tap=closed)
     with pytest.raises(AssertionError, match="came from another namespace"):
         features_of(tiny_pixels(config, 1), weights, config, Poisoned())
+
+
+def test_a_run_shows_every_stage_once_and_under_its_name(config, weights) -> None:
+    shown = []
+
+    def tap(name, value):
+        shown.append(name)
+        return value
+
+    features = features_of(tiny_pixels(config, 1), weights, config, definitions, tap)
+    prompt = tiny_prompt(config, 4)
+    logits(prompt, np.array([5]), features, weights, config, ops=definitions, tap=tap)
+    before = ("image.", "pixel_values", "input_ids", "positions")
+    assert shown == [s.name for s in stages(config) if not s.name.startswith(before)]

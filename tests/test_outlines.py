@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from npvlm.answers.boxes import Box
-from npvlm.answers.masks import outlines, place, run_lengths, whole_pixels
+from npvlm.answers.masks import cut_out, outlines, place, run_lengths, whole_pixels
 
 Points = list[tuple[float, float]]
 
@@ -61,6 +62,27 @@ def test_parts_that_touch_at_a_corner_are_one_where_the_middle_between_them_is_i
     assert area(one) == pytest.approx(area(other)) and 1000 < area(one) < 1200
 
 
+def test_whether_parts_are_joined_is_decided_by_the_four_points_around() -> None:
+    for between, parts in ((-1, 1), (-3, 2)):
+        field = np.full((4, 4), -9.0)
+        field[1:3, 1:3] = [[2, between], [between, 2]]
+        for turned in (field, field.T, field[::-1], field[:, ::-1]):
+            assert len(rings(turned, Box("", 0, 0, 40, 40))) == parts
+
+
+def test_a_spot_smaller_than_a_pixel_has_an_outline() -> None:
+    field = np.full((64, 64), -1.0)
+    field[20, 30] = 1
+    [ring] = rings(field, Box("", 0, 0, 4, 4))
+    assert 0 < area(ring) < 0.01
+
+
+def test_a_slanting_square_has_its_four_corners_alone() -> None:
+    rows, columns = np.mgrid[:7, :7]
+    [ring] = rings(2.25 - abs(rows - 3) - abs(columns - 3), Box("", 0, 0, 7, 7))
+    assert ring == [(1.25, 3.5), (3.5, 1.25), (5.75, 3.5), (3.5, 5.75)]
+
+
 def test_exactly_zero_is_outside() -> None:
     box = Box("", 0, 0, 8, 8)
     assert rings(np.zeros((4, 4)), box) == []
@@ -95,6 +117,14 @@ def test_a_mask_lies_in_its_box_and_is_cut_at_the_picture() -> None:
     assert mask[3:8, 4:8].all() and mask[8, 4] and not mask[8, 7]
     beyond = place(np.ones((2, 2), np.float32), Box("", 15, 10, 25, 30), 20, 15)
     assert beyond.sum() == 5 * 5 and beyond[10:, 15:].all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_cut_out_of_any_picture_has_colours_and_clearness(mode: str) -> None:
+    picture = Image.new("RGB", (4, 4), (9, 9, 9)).convert(mode)
+    cut = cut_out(picture, np.eye(4, dtype=bool), Box("", 0, 0, 2, 3))
+    assert cut.mode == "RGBA" and cut.size == (2, 3)
+    assert [cut.getpixel(at)[3] for at in ((0, 0), (1, 0), (1, 1), (0, 2))] == [255, 0, 255, 0]
 
 
 def test_run_lengths_go_down_the_columns_from_what_is_outside() -> None:

@@ -617,6 +617,12 @@ def test_steps_that_npvlm_does_not_take_are_refused(
     assert "\n" not in said
 
 
+def test_what_is_not_said_of_scale_and_filter_is_what_was_published(tmp_path: Path) -> None:
+    absent = written(tmp_path, {"rescale_factor": ..., "resample": ...})
+    found = read_preprocessor(absent, parse_config(paligemma(224)))
+    assert (found.rescale_factor, found.resample) == (1 / 255, 3)
+
+
 def test_the_file_that_newer_releases_save_is_read_where_it_is_alone(tmp_path: Path) -> None:
     config = parse_config(paligemma(224))
     published = read_preprocessor(written(tmp_path, {}), config)

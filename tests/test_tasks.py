@@ -11,6 +11,7 @@ from npvlm.errors import UsageError
 def test_prompts_are_those_that_the_model_was_trained_on() -> None:
     assert tasks.caption_prompt() == "caption en"
     assert tasks.caption_prompt("pt-br") == "caption pt-br"
+    assert tasks.caption_prompt("zh-TW") == "caption zh-TW"
     assert tasks.ask_prompt(" how many? ") == "answer en how many?"
     assert tasks.ask_prompt("wie viele?", "de") == "answer de wie viele?"
     assert tasks.ocr_prompt() == "ocr"
@@ -37,6 +38,7 @@ def test_the_first_word_says_the_task_and_how_long_an_answer_may_be(prompt, task
 
 def test_a_prompt_says_its_labels_again() -> None:
     assert tasks.labels_of("detect cat ; small dog") == ["cat", "small dog"]
+    assert tasks.labels_of("detect cat") == ["cat"]
     assert tasks.labels_of("detect") == tasks.labels_of("") == []
 
 

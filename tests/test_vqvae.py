@@ -99,3 +99,9 @@ def test_codes_lie_row_by_row() -> None:
     plain, changed = vqvae.decode_masks(codes, w, np.float32, ops=ops)
     rows, columns = np.nonzero(np.abs(changed - plain) > np.abs(plain).max() * 0.05)
     assert rows.mean() < 28 and columns.mean() > 36
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_masks_come_in_the_type_asked_for(dtype: type) -> None:
+    masks = vqvae.decode_masks(np.zeros((1, 16), np.int64), published_weights(4), dtype, ops=ops)
+    assert masks.dtype == dtype

@@ -369,6 +369,11 @@ def test_embed_looks_up_rows_of_a_packed_table(pack, dtype: type) -> None:
     np.testing.assert_array_equal(y, (table.unpack().astype("f8")[ids] * 3.0).astype(dtype))
 
 
+def test_an_array_of_the_type_asked_for_is_not_copied() -> None:
+    w = normal((3, 64), 24)
+    assert unpack(w, np.float32) is w
+
+
 def test_unpack_gives_any_weight_in_any_type() -> None:
     w = normal((3, 64), 24)
     for weight in (w, round_to_bfloat16(w), pack_int8(w), pack_int4(w)):

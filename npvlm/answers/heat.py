@@ -57,7 +57,7 @@ def _stretch(patches: int, pixels: int) -> NDArray[np.float64]:
     is brighter than the brightest patch.
     """
     place = np.clip((np.arange(pixels) + 0.5) * patches / pixels - 0.5, 0, patches - 1)
-    before = np.minimum(place.astype(int), max(0, patches - 2))
+    before = place.astype(int)
     way = place - before
     way = way * way * (3 - 2 * way)
     shares, line = np.zeros((pixels, patches)), np.arange(pixels)

@@ -17,8 +17,6 @@ Bits = NDArray[np.bool_]
 Field = NDArray[np.float32]  # a decoded mask: above 0 is inside
 Point = tuple[float, float]
 
-_FAR = -1e30  # surely outside
-
 
 def place(field: Field, box: Box, width: int, height: int) -> Bits:
     """Say for each pixel of the picture whether it belongs to the thing.
@@ -64,7 +62,7 @@ def outlines(field: Field, box: Box) -> list[list[Point]]:
     h, w = field.shape
     x0, y0, x1, y1 = whole_pixels(box)
     down, across = _stops(h, y0, y1), _stops(w, x0, x1)
-    edged = np.pad(np.pad(field, 1, mode="edge"), 1, constant_values=_FAR)
+    edged = np.pad(np.pad(field, 1, mode="edge"), 1)  # zeros: outside
     follow = dict(_steps(edged))
     rings = []
     while follow:
