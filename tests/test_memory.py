@@ -127,7 +127,7 @@ def test_what_is_packed_in_memory_is_not_mapped() -> None:
 def test_a_call_that_would_not_fit_is_refused_before_it_begins(machine: Path) -> None:
     model = npvlm.load("shapes", ops="numpy")
     (machine / "meminfo").write_text("MemAvailable:  8000 kB\n")
-    assert model.generate(draw_picture(), "caption en").text
+    assert model.caption(draw_picture()).text
     with pytest.raises(NpvlmError, match=r"rows of cache takes about .* of memory, expected"):
         model.generate(draw_picture(), "caption en", beams=100)
 
