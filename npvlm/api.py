@@ -88,7 +88,7 @@ __all__ = [
 
 
 # One computation at a time: several Python threads may not start parallel kernels at once.
-_COMPUTING = threading.Lock()
+COMPUTING = threading.Lock()
 
 
 def load(model: str | Path = "shapes", precision: str | None = None, ops: str = "kernels") -> Model:
@@ -109,7 +109,21 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
     UsageError
         For a precision or ops that there is not, or a precision the folder was not packed for.
     NpvlmError
-        In one sentence: what is missing or wrong in the folder.
+        In one sentence: what is missing or wrong in the folder; a ColPali, which writes no text.
+    """
+    opened = open_model(model, precision, ops)
+    if opened.config.embedding_dim is not None:
+        raise NpvlmError(
+            f"{model} is a ColPali, which finds pages and writes no text, expected a PaliGemma; "
+            "`npvlm embed` and `npvlm search` take it."
+        )
+    return opened
+
+
+def open_model(model: str | Path, precision: str | None, ops: str) -> Model:
+    """Open a PaliGemma, or the PaliGemma that a ColPali is.
+
+    Parameters and errors are those of `load`.
     """
     folder = find_folder(model)
     config = read_config(folder)
@@ -470,7 +484,7 @@ class Model:
 
     def _paint(self, codes: Index) -> NDArray[np.float32]:
         """Masks from their codes. codes [N, 16] -> [N, 64, 64]"""
-        with _COMPUTING:
+        with COMPUTING:
             return vqvae.decode_masks(codes, self.mask_decoder, np.float32, ops=self.ops)
 
     @cached_property
@@ -497,7 +511,7 @@ class Model:
         ids = self._layout(prompt, len(pictures), len(answer))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         w, config = self.weights, self.config
-        with _COMPUTING:
+        with COMPUTING:
             return logits(ids, answer, features, w, config, ops=self.ops, tap=closed)
 
     def _known_ids(self, ids: Sequence[int]) -> Index:
@@ -543,7 +557,7 @@ class Model:
         pictures = as_list(images)
         prefix = self._layout(prompt, len(pictures), max(map(len, ids)))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
-        with _COMPUTING:
+        with COMPUTING:
             logprobs = score(
                 prefix, ids, features, self.weights, self.config, ops=self.ops, tap=closed
             )
@@ -597,7 +611,7 @@ class Model:
 
         def read(pixels: Array, tap: Tap = closed) -> NDArray[np.float64]:
             w, config = self.weights, self.config
-            with _COMPUTING:
+            with COMPUTING:
                 seen = paligemma.image_features(pixels[None], w, config, ops=self.ops, tap=closed)
                 given = prefix, np.array(ids), seen[0], w, config, places
                 return read_answer(*given, ops=self.ops, tap=tap)
@@ -720,7 +734,7 @@ class Model:
             steps = generate(*given, choosers, limits, ops=self.ops, tap=closed)
         prefilled = None
         while True:
-            with _COMPUTING:
+            with COMPUTING:
                 tokens = next(steps, None)
             if tokens is None:
                 break
@@ -765,7 +779,7 @@ class Model:
         new = [key for key, features in found.items() if features is None]
         if new:
             pixels = np.stack([s.pixels for s in seen if s.features is None])
-            with _COMPUTING:
+            with COMPUTING:
                 features = paligemma.image_features(
                     pixels, self.weights, self.config, ops=self.ops, tap=closed
                 )

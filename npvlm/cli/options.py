@@ -14,6 +14,7 @@ from npvlm.config import PACKED, PRECISIONS, read_config
 
 if TYPE_CHECKING:
     from npvlm.api import Model
+    from npvlm.retrieval import Retriever
 
 MODEL_VARIABLE = "NPVLM_MODEL"
 _THREAD_VARIABLES = (
@@ -145,6 +146,16 @@ def open_model(model: str, precision: str | None, ops: str, quiet: bool = False)
     if ops == "kernels":
         say_when_compiling(quiet)
     return load(model, precision, ops)
+
+
+def open_retriever(model: str | None, precision: str | None, quiet: bool) -> Retriever:
+    """Load a ColPali; what takes a while the first time is said, unless it is to be quiet."""
+    from npvlm.retrieval import load_retriever
+
+    if model is None:
+        raise click.UsageError("no ColPali is bundled: --model names one.")
+    say_when_compiling(quiet)
+    return load_retriever(model, precision)
 
 
 def say_when_compiling(quiet: bool = False) -> None:

@@ -18,7 +18,9 @@ with kept():
         rope,
         soft_cap,
         softmax,
+        unit,
     )
+    from npvlm.kernels.matching import max_sim
     from npvlm.kernels.products import gated, linear, patch_embed
     from npvlm.model.ops import embed
 
@@ -30,9 +32,11 @@ __all__ = [
     "layer_norm",
     "linear",
     "log_softmax",
+    "max_sim",
     "patch_embed",
     "rms_norm",
     "rope",
     "soft_cap",
     "softmax",
+    "unit",
 ]
