@@ -89,10 +89,31 @@ class Retriever:
         """Vectors of a page that stand for a part of its picture; they come first."""
         return self.model.config.vision_config.num_patches
 
+    @property
+    def page_ids(self) -> Index:
+        """What the decoder reads of every page: image tokens, and the sentence behind them."""
+        return layout(self.model.tokenizer, self.page_prompt, self.patches)
+
+    def query_ids(self, query: str) -> Index:
+        """What the decoder reads of a query. Errors are those of `embed_query`."""
+        check_text("query", query)
+        tokenizer, most = self.model.tokenizer, self.model.config.text_config
+        if not query.strip():
+            raise UsageError("the query is empty, expected words to look for.")
+        if tokenizer.strip_image_marks(query)[1]:
+            raise UsageError("the query holds <image>, expected text alone.")
+        ids = query_layout(tokenizer, self.query_prefix + query)
+        if len(ids) > most.max_position_embeddings:
+            raise UsageError(
+                f"the query is {len(ids)} tokens, expected at most "
+                f"{most.max_position_embeddings} (max_position_embeddings of config.json)."
+            )
+        return ids
+
     def origin(self, store: str) -> Origin:
         """What an index of this model says about itself."""
         model = self.model
-        size, width = len(self._page_ids), model.config.embedding_dim or 0
+        size, width = len(self.page_ids), model.config.embedding_dim or 0
         return Origin(model.name, fingerprint(model.folder), model.precision, store, size, width)
 
     def embed_page(self, picture: Shown) -> Vectors:
@@ -107,7 +128,7 @@ class Retriever:
         """
         features = self.model.look(picture).features
         assert features is not None
-        return self._vectors(self._page_ids, features)
+        return self._vectors(self.page_ids, features)
 
     def embed_query(self, query: str) -> Vectors:
         """The vectors of a query [T, E], each of length 1: those of its padding, too.
@@ -118,7 +139,7 @@ class Retriever:
             For a query without words, with a picture in it, or too long.
         """
         config = self.model.config.text_config
-        ids = self._query_ids(query)
+        ids = self.query_ids(query)
         return self._vectors(ids, np.empty((0, config.hidden_size), np.float32))
 
     def open(self, file: str | Path) -> PageIndex:
@@ -175,7 +196,7 @@ class Retriever:
             Where the page's picture cannot be read any more.
         """
         picture = open_picture(hit.page.path)
-        ids, own = self._query_ids(query), self.embed_query(query)
+        ids, own = self.query_ids(query), self.embed_query(query)
         page = index.vectors(hit.number)
         with COMPUTING:
             fits = self.model.ops.linear(own, page)  # [T, S]
@@ -192,25 +213,6 @@ class Retriever:
                 self.model.tokenizer, ids.tolist(), fits, self.patches, self.query_prefix
             ),
         )
-
-    @property
-    def _page_ids(self) -> Index:
-        return layout(self.model.tokenizer, self.page_prompt, self.patches)
-
-    def _query_ids(self, query: str) -> Index:
-        check_text("query", query)
-        tokenizer, most = self.model.tokenizer, self.model.config.text_config
-        if not query.strip():
-            raise UsageError("the query is empty, expected words to look for.")
-        if tokenizer.strip_image_marks(query)[1]:
-            raise UsageError("the query holds <image>, expected text alone.")
-        ids = query_layout(tokenizer, self.query_prefix + query)
-        if len(ids) > most.max_position_embeddings:
-            raise UsageError(
-                f"the query is {len(ids)} tokens, expected at most "
-                f"{most.max_position_embeddings} (max_position_embeddings of config.json)."
-            )
-        return ids
 
     def _vectors(self, ids: Index, features: Array) -> Vectors:
         model = self.model
