@@ -153,8 +153,9 @@ class Retriever:
         index = open_index(Path(file))
         if index.origin.fingerprint != fingerprint(self.model.folder):
             raise NpvlmError(
-                f"{file} was made with {index.origin.model}, expected {self.model.name}, or its "
-                "weights have changed since; search with the same model, or embed the pages again."
+                f"{file} was made with another model than {self.model.name} (it was called "
+                f"{index.origin.model}), or with other weights under that name; search with the "
+                "model that made it, or embed the pages again."
             )
         return index
 
@@ -182,7 +183,8 @@ class Retriever:
             with COMPUTING:
                 parts.append(self.model.ops.max_sim(query, rows, index.origin.size))
         scores = np.concatenate(parts)
-        for number in np.flatnonzero(~np.isfinite(scores)).tolist():
+        # Vectors of length 1 make products of 1 at most, however they are rounded.
+        for number in np.flatnonzero(~(np.abs(scores) <= 1.1 * len(query))).tolist():
             path = index.pages[number].path
             raise NpvlmError(f"{index.file}: the vectors of {path} are damaged; embed it again.")
         return scores
