@@ -20,8 +20,8 @@ COLOUR, CONTRAST, DARKEST = 0.35, 0.42, 36
 
 
 # The least heat that is as bright as can be. Attention is all shared out, so every word has a peak;
-# a word may need nothing of the picture, though, and is to be dark then.
-BRIGHT = {"attention": 0.0, "occlusion": 0.5, "match": 0.0}
+# a word may need nothing of the picture, though, or fit nothing on it, and is to be dark then.
+BRIGHT = {"attention": 0.0, "occlusion": 0.5, "match": 0.2}
 
 
 def shows(heat: NDArray[np.float64], method: str) -> bool:

@@ -73,12 +73,16 @@ class Match:
         """
         picture = scaled(self.picture)
         panels = [Panel(picture, "", "the page")]
-        panels.append(heat_panel(picture, self.heat, "match", "(all)", f"{self.score:.2f}"))
-        for word in self.words:
-            title, note = shown(word.text), f"{word.score:.2f}"
-            panels.append(heat_panel(picture, word.heat, "match", title, note))
+        panels.append(self._panel(picture, self.heat, "(all)", self.score))
+        panels += [self._panel(picture, w.heat, shown(w.text), w.score) for w in self.words]
         how = f"{self.page}, {self.model}, {self.precision}"
         save_picture(lay_out(panels, self.query, how, "match"), Path(path))
+
+    def _panel(
+        self, picture: Image.Image, heat: NDArray[np.float64], title: str, score: float
+    ) -> Panel:
+        """What fits better than the rest is lit, be its product with the word below zero or not."""
+        return heat_panel(picture, heat - heat.min(), "match", title, f"{score:.2f}")
 
     def facts(self) -> list[dict[str, Any]]:
         """The words for JSON: each with its score and its best place in pixels of the page."""
