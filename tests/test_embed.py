@@ -16,6 +16,8 @@ import pytest
 from npvlm.work.demo import draw_picture
 from tests.retriever import build_retriever
 from tests.test_cli import CLI, ROOT, run
+from tests.test_examples import run as run_line
+from tests.test_examples import run_python
 
 PAGE = ROOT / "docs" / "retrieval.md"
 
@@ -145,3 +147,26 @@ def test_a_run_that_is_killed_goes_on(place, tmp_path, number) -> None:
     assert "30 in all" in result.stderr
     assert not re.search(r"\b30 pages more", result.stderr)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "pages"]
+
+
+def test_the_page_on_finding_pages_shows_what_works(place, tmp_path) -> None:
+    shutil.copytree(place, tmp_path / "place")
+    there = tmp_path / "place"
+    (there / "pages" / "0.png").rename(there / "pages" / "one.png")
+    (there / "pages" / "broken.png").unlink()
+    (there / "index.safetensors").unlink()
+    (there / "more").mkdir()
+    shutil.copy(there / "pages" / "one.png", there / "more" / "two.png")
+    page = PAGE.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert [kind for kind, _ in blocks] == ["sh", "sh", "python"]
+    for line in "".join(block for kind, block in blocks if kind == "sh").splitlines():
+        result = run_line(there, line)
+        assert result.returncode == 0, f"{line}: {result.stderr}"
+    assert len(list((there / "found").iterdir())) == 3
+    result = run_python(there, blocks[2][1])
+    assert result.returncode == 0, result.stderr
+    *hits, a, red, circle, score = [row.split() for row in result.stdout.splitlines()]
+    assert [word[0] for word in (a, red, circle)] == ["a", "red", "circle"]
+    assert float(score[0]) <= float(hits[0][1]) + 0.01  # the best is kept in float16
+    assert (there / "match.png").exists()

@@ -38,7 +38,7 @@ PICTURES = (
     "street.jpg",
 )
 # What cannot be had here: a published model's weights, and the folder of one.
-ABSENT = re.compile(r"paligemma|FOLDER|\bsmall\b|--against")
+ABSENT = re.compile(r"colpali|paligemma|FOLDER|\bsmall\b|--against")
 
 
 def examples() -> list[str]:
