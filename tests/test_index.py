@@ -168,6 +168,12 @@ def test_an_index_of_nothing_is_not_written(embed, pages, tmp_path) -> None:
     assert sorted(tmp_path.iterdir()) == [tmp_path / "pages"]
 
 
+def test_a_run_that_ends_before_its_first_page_leaves_nothing(embed, pages, tmp_path) -> None:
+    with pytest.raises(Broken):
+        embed(pages, tmp_path / "index", stop=0)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "pages"]
+
+
 def test_what_is_there_is_not_written_over_without_a_word(embed, pages, tmp_path) -> None:
     embed(pages, tmp_path / "index")
     whole = (tmp_path / "index").read_bytes()

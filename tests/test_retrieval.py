@@ -21,6 +21,8 @@ from npvlm.files.index import STORES, Origin, Page, PageIndex, pack
 from npvlm.files.pictures import open_picture, pixel_values
 from npvlm.model.ops import unit
 from npvlm.retrieval import Retriever
+from npvlm.work.convert import convert
+from npvlm.work.inspect import inspect
 from tests.retriever import build_retriever
 
 GOLDEN = Path(ours.__file__).parent
@@ -246,3 +248,16 @@ def test_another_models_index_is_refused(folder, retriever, tmp_path) -> None:
     other = npvlm.load_retriever(build_retriever(tmp_path / "other", seed=6), ops="numpy")
     with pytest.raises(NpvlmError, match=r"was made with another model than .*other"):
         other.open(index)
+
+
+def test_a_packed_colpali_points_nearly_the_same_way(folder, retriever, tmp_path) -> None:
+    convert(folder, tmp_path / "small", "int8", lambda *_: None)
+    found = npvlm.load_retriever(tmp_path / "small", ops="numpy").embed_query("a red circle")
+    cosines = np.sum(found * retriever.embed_query("a red circle"), axis=1)
+    assert 0.98 < cosines.min() < 0.99999
+
+
+def test_inspect_says_what_it_is_and_that_it_opens(folder) -> None:
+    found = inspect(str(folder))
+    assert found.sizes.family == "ColPali on PaliGemma 1"
+    assert found.refusal is None

@@ -76,34 +76,50 @@ def embed_pages(
     origin = retriever.origin(store)
     before = _before(retriever, output, origin)
     with open_draft(part, origin) as draft:
-        old = {} if before is None else {p.path: (p, n) for n, p in enumerate(before.pages)}
-        had = {path: page for path, (page, _) in (old | draft.pages).items()}
-        new = [path for path in pictures if not _is_same(had.get(str(path)), path)]
-        kept = len(pictures) - len(new)
-
-        def progress(done: int, failed: int) -> Embedded:
-            pages = len(old.keys() | draft.pages.keys())
-            return Embedded(len(pictures), kept, kept + done, failed, pages)
-
-        done = failed = 0
-        tell(progress(0, 0))
-        for seen in _read(retriever, new):
-            if isinstance(seen, Failed):
-                failed += 1
-                tell_error(seen.error)
-            else:
-                page = Page(seen.name, seen.width, seen.height, Path(seen.name).stat().st_size)
-                draft.append(page, pack(retriever.embed_page(seen), store))
-                done += 1
-            tell(progress(done, failed))
-        ended = progress(done, failed)
-        if not ended.pages:
-            part.unlink()
-            raise NpvlmError("no page could be read, so there is no index.")
-        if done or before is None or draft.pages:
-            _assemble(output, origin, before, draft)
-        part.unlink()
+        try:
+            ended = _add_pages(retriever, pictures, draft, before, store, tell, tell_error)
+            if not ended.pages:
+                raise NpvlmError("no page could be read, so there is no index.")
+            if draft.pages:
+                _assemble(output, origin, before, draft)
+                draft.pages.clear()
+        finally:
+            if not draft.pages:  # nothing to go on with
+                part.unlink()
     return ended
+
+
+def _add_pages(
+    retriever: Retriever,
+    pictures: Sequence[Path],
+    draft: Draft,
+    before: PageIndex | None,
+    store: str,
+    tell: Callable[[Embedded], None],
+    tell_error: Callable[[str], None],
+) -> Embedded:
+    """Embed the pages that neither the index there was nor the draft has."""
+    old = {} if before is None else {page.path: page for page in before.pages}
+    had = old | {path: page for path, (page, _) in draft.pages.items()}
+    new = [path for path in pictures if not _is_same(had.get(str(path)), path)]
+    kept = len(pictures) - len(new)
+    done = failed = 0
+
+    def progress() -> Embedded:
+        pages = len(had.keys() | draft.pages.keys())
+        return Embedded(len(pictures), kept, kept + done, failed, pages)
+
+    tell(progress())
+    for seen in _read(retriever, new):
+        if isinstance(seen, Failed):
+            failed += 1
+            tell_error(seen.error)
+        else:
+            page = Page(seen.name, seen.width, seen.height, Path(seen.name).stat().st_size)
+            draft.append(page, pack(retriever.embed_page(seen), store))
+            done += 1
+        tell(progress())
+    return progress()
 
 
 def _before(retriever: Retriever, output: Path, origin: Origin) -> PageIndex | None:
