@@ -170,3 +170,5 @@ def test_the_page_on_finding_pages_shows_what_works(place, tmp_path) -> None:
     assert [word[0] for word in (a, red, circle)] == ["a", "red", "circle"]
     assert float(score[0]) <= float(hits[0][1]) + 0.01  # the best is kept in float16
     assert (there / "match.png").exists()
+    links = re.findall(r"\]\(([^)#:]+)\)", page)
+    assert links and [link for link in links if not (PAGE.parent / link).exists()] == []

@@ -10,7 +10,7 @@ import click
 from npvlm.cli.asking import find_pictures, paths_of, sentence
 from npvlm.cli.interruption import Terminated
 from npvlm.cli.options import (
-    model_option,
+    MODEL_VARIABLE,
     open_retriever,
     precision_option,
     quiet_option,
@@ -39,7 +39,12 @@ if TYPE_CHECKING:
     help="How vectors are kept: in 4, 2 or 1 bytes a number.",
 )
 @click.option("--resume", is_flag=True, help="Keep the pages there are, and add the others.")
-@model_option
+@click.option(
+    "--model",
+    envvar=MODEL_VARIABLE,
+    metavar="NAME|FOLDER",
+    help=f"A ColPali: its folder, or a fetched one's name.  [default: ${MODEL_VARIABLE}]",
+)
 @precision_option
 @threads_option
 @quiet_option

@@ -91,7 +91,7 @@ def _open(model: str | None, index: PageIndex, precision: str | None, quiet: boo
     try:
         return open_retriever(index.origin.model, precision, quiet)
     except NpvlmError as error:
-        raise NpvlmError(f"{index.file} names its model: {error}") from None
+        raise type(error)(f"{index.file} names its model: {error}") from None
 
 
 def _make(folder: Path, index: PageIndex) -> None:
