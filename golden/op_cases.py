@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, Gemma2Config, GemmaConfig, SiglipVisionConfig
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.models.colpali.processing_colpali import ColPaliProcessor
 from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.siglip import modeling_siglip
@@ -71,6 +72,8 @@ def op_cases() -> list[OpCase]:
         *cache_cases(),
         *gated_cases(),
         *log_softmax_cases(),
+        *unit_cases(),
+        *max_sim_cases(),
     ]
 
 
@@ -526,6 +529,45 @@ def gated_cases() -> Iterator[OpCase]:
         draw = Draw("gated", name)
         weights = {half: draw(rows, terms, size=terms**-0.5) for half in ("gate", "up")}
         yield rounding("gated", name, {"x": draw(T, terms, size=size)} | weights, {}, gated)
+
+
+# --- finding pages -------------------------------------------------------------------------------
+
+
+def unit(x: Tensor) -> Tensor:
+    """x [..., D] -> [..., D]"""
+    return x / x.norm(dim=-1, keepdim=True)  # as it is inside ColPaliForRetrieval.forward
+
+
+def unit_cases() -> Iterator[OpCase]:
+    """Vectors of length 1, of few numbers, of as many as ColPali's have, and of very small ones."""
+    for name, shape, size in (
+        ("few", (5, 7), 1.0),
+        ("colpali", (11, 128), 3.0),
+        ("one", (1, 33), 20.0),
+        ("small", (3, 4, 19), 1e-12),
+    ):
+        x = Draw("unit", name)(*shape, size=size)
+        yield rounding("unit", name, {"x": x}, {}, unit)
+
+
+def max_sim(q: Tensor, pages: Tensor, size: int) -> Tensor:
+    """q [T, I], pages [O, I] -> [N]"""
+    passages = list(pages.reshape(-1, size, pages.shape[-1]))
+    return ColPaliProcessor.score_retrieval(None, [q], passages)[0]
+
+
+def max_sim_cases() -> Iterator[OpCase]:
+    """Late interaction: pages of few vectors and of many, queries of one token and of several."""
+    for name, tokens, pages, size, width in (
+        ("few", 5, 7, 3, 17),
+        ("colpali", 13, 2, 37, 128),
+        ("one_token", 1, 3, 67, 20),
+        ("one_vector", 7, 11, 1, 29),
+    ):
+        draw = Draw("max_sim", name)
+        inputs = {"q": draw(tokens, width), "pages": draw(pages * size, width)}
+        yield rounding("max_sim", name, inputs, {"size": size}, max_sim)
 
 
 # --- transformers, spoken to in rows -------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from npvlm.api import Answer, Box, Detection, Explanation, Failed, Model, Scores, Seen, load
     from npvlm.errors import NpvlmError, UsageError
+    from npvlm.retrieval import Retriever, load_retriever
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "Failed",
     "Model",
     "NpvlmError",
+    "Retriever",
     "Scores",
     "Seen",
     "UsageError",
     "load",
+    "load_retriever",
 ]
 
 
@@ -35,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from npvlm import errors
 
         return getattr(errors, name)
+    if name in ("Retriever", "load_retriever"):
+        from npvlm import retrieval
+
+        return getattr(retrieval, name)
     if name in __all__:
         from npvlm import api
 

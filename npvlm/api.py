@@ -94,7 +94,7 @@ __all__ = [
 ]
 
 
-_TURNS = Turns()
+TURNS = Turns()
 
 
 def load(
@@ -125,6 +125,23 @@ def load(
         In one sentence: what is missing or wrong in the folder, a link in it that leads out of it
         (the hub's cache is no elsewhere), or that packing and one picture take more memory than
         there is. Mapped weights need not fit: they are read again when they are used again.
+        A ColPali writes no text: `load_retriever` opens it.
+    """
+    opened = open_model(model, precision, ops, adapter)
+    if opened.config.embedding_dim is not None:
+        raise NpvlmError(
+            f"{model} is a ColPali, which finds pages and writes no text, expected a PaliGemma; "
+            "`npvlm embed` and `npvlm search` take it."
+        )
+    return opened
+
+
+def open_model(
+    model: str | Path, precision: str | None, ops: str, adapter: str | Path | None = None
+) -> Model:
+    """Open a PaliGemma, or the PaliGemma that a ColPali is.
+
+    Parameters and errors are those of `load`.
     """
     folder = find_folder(model)
     config = read_config(folder)
@@ -159,7 +176,7 @@ def open_weights(
     smaller = "convert it on a larger machine" if packed else "take a smaller model"
     check_memory(packed + working_bytes(config), what, f"stop other programs, or {smaller}")
     if not config.quantization:
-        with _TURNS.take(namespace):
+        with TURNS.take(namespace):
             weights = at_precision(weights, precision, packers)
     if adapter:
         weights = adapter.correct(weights)
@@ -526,7 +543,7 @@ class Model:
 
     def _paint(self, codes: Index) -> NDArray[np.float32]:
         """Masks from their codes. codes [N, 16] -> [N, 64, 64]"""
-        with _TURNS.take(self.ops):
+        with TURNS.take(self.ops):
             return vqvae.decode_masks(codes, self.mask_decoder, np.float32, ops=self.ops)
 
     @cached_property
@@ -555,7 +572,7 @@ class Model:
         self._check_memory(tokens, tokens, len(pictures), scored=tokens)
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
         w, config = self.weights, self.config
-        with _TURNS.take(self.ops):
+        with TURNS.take(self.ops):
             return logits(ids, answer, features, w, config, ops=self.ops, tap=closed)
 
     def _check_memory(self, tokens: int, rows: int, pictures: int, scored: int = 1) -> None:
@@ -584,7 +601,7 @@ class Model:
         seen = self.prepare(image)
         if projected:
             return self._features([seen])[0]
-        with _TURNS.take(self.ops):
+        with TURNS.take(self.ops):
             return states.tower_features(seen.pixels, self.weights, self.config, ops=self.ops)
 
     def hidden_states(
@@ -647,7 +664,7 @@ class Model:
         pictures = as_list(images)
         ids = self.ids_of(prompt, len(pictures), 0)
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
-        with _TURNS.take(self.ops):
+        with TURNS.take(self.ops):
             found = look(ids, features, numbers, self.weights, self.config, ops=self.ops)
         return found if isinstance(layers, Iterable) else found[0]
 
@@ -721,7 +738,7 @@ class Model:
         prefix = self.ids_of(prompt, len(pictures), max(map(len, ids)))
         self._check_memory(len(prefix), len(prefix) + sum(map(len, ids)), len(pictures))
         features = self._features(pictures).reshape(-1, self.config.text_config.hidden_size)
-        with _TURNS.take(self.ops):
+        with TURNS.take(self.ops):
             logprobs = score(
                 prefix, ids, features, self.weights, self.config, ops=self.ops, tap=closed
             )
@@ -775,7 +792,7 @@ class Model:
 
         def read(pixels: Array, tap: Tap = closed) -> NDArray[np.float64]:
             w, config = self.weights, self.config
-            with _TURNS.take(self.ops):
+            with TURNS.take(self.ops):
                 seen = paligemma.image_features(pixels[None], w, config, ops=self.ops, tap=closed)
                 given = prefix, np.array(ids), seen[0], w, config, places
                 return read_answer(*given, ops=self.ops, tap=tap)
@@ -906,7 +923,7 @@ class Model:
             steps = generate(*given, choosers, limits, ops=self.ops, tap=closed)
         prefilled = None
         while True:
-            with _TURNS.take(self.ops):
+            with TURNS.take(self.ops):
                 tokens = next(steps, None)
             if tokens is None:
                 break
@@ -951,7 +968,7 @@ class Model:
         new = [key for key, features in found.items() if features is None]
         if new:
             pixels = np.stack([s.pixels for s in seen if s.features is None])
-            with _TURNS.take(self.ops):
+            with TURNS.take(self.ops):
                 features = paligemma.image_features(
                     pixels, self.weights, self.config, ops=self.ops, tap=closed
                 )

@@ -72,6 +72,7 @@ _WHOLE_TEXT = {
     "vocab_size": 257152,
 }
 _IMAGE_TOKEN_INDEX = 256000
+_EMBEDDING_DIM = 128  # of ColPali
 _PROJECTION_DIM = 2048
 
 _MOST = 2**31 - 1
@@ -137,7 +138,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One PaliGemma."""
+    """One PaliGemma, or one ColPali."""
 
     text_config: TextConfig
     vision_config: VisionConfig
@@ -147,6 +148,8 @@ class Config:
     """Ids that end an answer; empty when no file names one: then the tokenizer's own eos does."""
     quantization: str | None
     """The precision that the files' weights are packed for; None for weights as published."""
+    embedding_dim: int | None = None
+    """Width of ColPali's vectors; None for a PaliGemma, which writes text."""
 
 
 class Fields:
@@ -335,33 +338,32 @@ def parse_config(values: Values, generation: Values | None = None, where: str = 
     NpvlmError
         One sentence that names the field.
     """
-    file = f"{where}config.json"
-    model_type = values.get("model_type")
-    if model_type != "paligemma":
-        kind = (
-            f"a {model_type[:_SHOWN]} model"
-            if isinstance(model_type, str)
-            else "of no named model_type"
-        )
-        raise NpvlmError(
-            f"{file} is {kind}, expected paligemma; npvlm runs PaliGemma and PaliGemma 2 only"
-        )
+    at = f"{where}config.json: "
+    whole = Fields(values, at, {"embedding_dim": _EMBEDDING_DIM})
+    embedding_dim = None
+    if values.get("model_type") == "colpali":  # as transformers has it: around a PaliGemma
+        embedding_dim = whole.whole("embedding_dim")
+        values, at = whole.part("vlm_config", {"model_type": "paligemma"}), f"{at}vlm_config."
+    elif values.get("architectures") == ["ColPali"]:  # as colpali-engine has it: a PaliGemma
+        embedding_dim = _EMBEDDING_DIM
+    if values.get("model_type") != "paligemma":
+        raise _other_model(f"{where}config.json", values)
     defaults = {"projection_dim": _PROJECTION_DIM, "image_token_index": _IMAGE_TOKEN_INDEX}
-    top = Fields(values, f"{file}: ", defaults)
-    if values.get("quantization_config") is not None:
+    top = Fields(values, at, defaults)
+    if any(part.get("quantization_config") is not None for part in (whole, top)):
         raise NpvlmError(
-            f"{file} has a quantization_config: the weights are packed for another program; "
-            "take the model's float32, float16 or bfloat16 files"
+            f"{where}config.json has a quantization_config: the weights are packed for another "
+            "program; take the model's float32, float16 or bfloat16 files"
         )
 
     tied = top.flag("tie_word_embeddings", True)
-    text = _text_config(top.part("text_config", _WHOLE_TEXT), f"{file}: text_config.", tied)
-    vision = _vision_config(top.part("vision_config", _WHOLE_VISION), f"{file}: vision_config.")
+    text = _text_config(top.part("text_config", _WHOLE_TEXT), f"{at}text_config.", tied)
+    vision = _vision_config(top.part("vision_config", _WHOLE_VISION), f"{at}vision_config.")
 
     projection_dim = top.whole("projection_dim")
     if projection_dim != text.hidden_size:
         raise NpvlmError(
-            f"{file}: projection_dim is {projection_dim}, "
+            f"{at}projection_dim is {projection_dim}, "
             f"expected {text.hidden_size}, the hidden_size of text_config"
         )
 
@@ -371,8 +373,22 @@ def parse_config(values: Values, generation: Values | None = None, where: str = 
         projection_dim=projection_dim,
         image_token_index=_image_token_index(top),
         eos_token_ids=_eos_token_ids(values, generation, where),
-        quantization=_quantization(top),
+        quantization=_quantization(whole),
+        embedding_dim=embedding_dim,
     )
+
+
+def _other_model(file: str, values: Values) -> NpvlmError:
+    """Say which model a config is for, and which npvlm runs."""
+    model_type, named = values.get("model_type"), values.get("architectures")
+    short = isinstance(model_type, str) and f"a {model_type[:_SHOWN]} model"
+    kind = short or "of no named model_type"
+    names = [model_type, *(named if isinstance(named, list) else [])]
+    if any(isinstance(name, str) and name.lower().startswith("col") for name in names):
+        runs = "of the models that find pages, npvlm runs ColPali alone, which is a PaliGemma"
+    else:
+        runs = "npvlm runs PaliGemma and PaliGemma 2 only"
+    return NpvlmError(f"{file} is {kind}, expected paligemma; {runs}")
 
 
 def _text_config(values: Values, where: str, tied: bool) -> TextConfig:

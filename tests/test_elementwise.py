@@ -199,10 +199,11 @@ def case(name: str, rows: int) -> tuple[Any, ...]:
         "soft_cap": (numbers(rows, 1152, reach=90), 30.0),
         "softmax": (numbers(rows, 1153, reach=9),),
         "gelu_tanh": (numbers(rows, 1152),),
+        "unit": (numbers(rows, 1152),),
     }[name]
 
 
-NAMES = ["layer_norm", "rms_norm", "rope", "soft_cap", "softmax", "gelu_tanh"]
+NAMES = ["layer_norm", "rms_norm", "rope", "soft_cap", "softmax", "gelu_tanh", "unit"]
 MANY = 200  # rows: more than one thread's worth, even of the narrow ones
 
 
@@ -332,6 +333,7 @@ CHECKSUMS = {
     "softmax": "bf400d425c98a7af",
     "gelu_tanh": "cdefd59a13110cf2",
     "log_softmax": "a96cbb356927a001",
+    "unit": "ba207ad45ae4c63c",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import numba
 import numpy as np
@@ -268,3 +269,57 @@ def test_tiles_are_as_few_and_as_low_as_can_be() -> None:
         height = inputs.tile_height(rows)
         assert -(-rows // height) == -(-rows // TALL) and products.ROWS % height == 0
     assert attention.QUERIES % TALL == 0
+
+
+STORES = ("float32", "float16", "int8")
+# Rows of a query, pages, vectors of a page, numbers of a vector.
+PAGES = [(1, 3, 1, 17), (5, 4, 66, 40), (TALL + 1, 2, 130, 128), (200, 3, 70, 33), (7, 5, 64, 9)]
+
+
+@pytest.mark.parametrize("kind", STORES)
+@pytest.mark.parametrize("size", PAGES, ids=str)
+def test_max_sim_is_its_definition_up_to_rounding(rng, kind, size) -> None:
+    rows, count, each, width = size
+    pages = stored(numbers(rng, count * each, width), kind)
+    q = numbers(rng, rows, width)
+    found = kernels.max_sim(q, pages, each)
+    if kind == "int8":
+        np.testing.assert_array_equal(found, definitions.max_sim(q, pages, each))
+        return
+    truth = definitions.max_sim(q.astype(np.float64), pages, each)
+    assert found.dtype == np.float32 and found.shape == (count,)
+    # Products may cancel; what is rounded on the way is as large as the vectors are long.
+    lengths = [np.linalg.norm(unpack(v, np.float64), axis=1).mean() for v in (q, pages)]
+    error = np.sqrt(np.mean((found - truth) ** 2)) / (rows * math.prod(lengths))
+    assert error < 2.0**-24
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_a_page_scores_the_same_alone_among_others_and_with_any_threads(rng, kind) -> None:
+    each, count = 70, 9
+    pages, q = stored(numbers(rng, count * each, 128), kind), numbers(rng, 23, 128)
+    together = kernels.max_sim(q, pages, each)
+    for n in range(count):
+        alone = kernels.max_sim(q, pages[n * each : (n + 1) * each], each)
+        np.testing.assert_array_equal(alone, together[n : n + 1])
+    np.testing.assert_array_equal(kernels.max_sim(q, pages[4 * each :], each), together[4:])
+    threads = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        np.testing.assert_array_equal(kernels.max_sim(q, pages, each), together)
+    finally:
+        numba.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_page_with_a_number_that_is_none_scores_none(rng, bad) -> None:
+    pages, q = numbers(rng, 3 * 70, 20), numbers(rng, 25, 20)
+    packed = pack_int8(pages)
+    packed.scales[80] = pages[80, 3] = bad
+    for kept in (pages, pages.astype(np.float16), packed):
+        found = kernels.max_sim(q, kept, 70)
+        assert not np.isfinite(found[1]) and np.isfinite(found[[0, 2]]).all()
+
+
+def test_no_pages_have_no_scores(rng, ops) -> None:
+    assert ops.max_sim(numbers(rng, 3, 20), numbers(rng, 0, 20), 7).shape == (0,)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from npvlm.decoding.generate import logits
-from npvlm.model import cache, gemma, ops, paligemma, siglip
+from npvlm.model import cache, colpali, gemma, ops, paligemma, siglip
 from npvlm.model.tap import closed
 from npvlm.model.weights import BFloat16
-from tests.tiny import tiny_pixels, tiny_prompt
+from tests.tiny import tiny_pixels, tiny_prompt, tiny_weights
 
 NAMED = re.compile(r"(?:(\w+) )?\[([^\]]*)\]")
 
@@ -71,7 +72,7 @@ def functions_with_shape_lines(module) -> dict[str, Callable]:
 def test_shape_lines_are_true_on_every_call_of_a_run(config, weights, monkeypatch) -> None:
     seen: set[str] = set()
     expected: set[str] = set()
-    for module in (siglip, gemma, paligemma):
+    for module in (siglip, gemma, paligemma, colpali):
         for name, f in functions_with_shape_lines(module).items():
             expected.add(f"{f.__module__}.{name}")
             monkeypatch.setattr(module, name, checked(f, seen))
@@ -88,6 +89,12 @@ def test_shape_lines_are_true_on_every_call_of_a_run(config, weights, monkeypatc
     prompt, answer = tiny_prompt(config, 4, pictures=2), np.array([5, 6])
     features = features.reshape(-1, features.shape[-1])
     logits(prompt, answer, features, weights, config, ops=namespace, tap=closed)
+
+    finder = replace(config, embedding_dim=11)
+    page = colpali.vectors(
+        prompt, features, tiny_weights(finder), finder, ops=namespace, tap=closed
+    )
+    namespace.max_sim(page[:3], page[:8], 4)
 
     # Two are reached inside attend, one inside patch_embed, one where a token has been chosen.
     inner = ("softmax", "soft_cap", "squares", "log_softmax")

@@ -17,6 +17,7 @@ from PIL import Image
 
 from npvlm.answers.explanation_page import page
 from npvlm.answers.explanation_sheet import sheet
+from npvlm.answers.heat import peak_of
 from npvlm.answers.lines import json_line
 from npvlm.files.output import new_file, save_picture
 
@@ -45,9 +46,7 @@ class Word:
     @cached_property
     def peak(self) -> tuple[float, float]:
         """The middle of the hottest patch, as shares of the picture's width and height."""
-        row, column = np.unravel_index(np.argmax(self.heat), self.heat.shape)
-        rows, columns = self.heat.shape
-        return (float(column) + 0.5) / columns, (float(row) + 0.5) / rows
+        return peak_of(self.heat)
 
 
 @dataclass(frozen=True, eq=False)

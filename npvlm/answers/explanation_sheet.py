@@ -1,18 +1,23 @@
-"""One picture of an explanation: the plain picture, then one with the heat of each word."""
+"""One picture of an explanation: the plain picture, then one with the heat of each word.
+
+Axis letters: g patches from one edge of the picture to the other.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from npvlm.answers.fonts import font_for
-from npvlm.answers.heat import lit, shows
+from npvlm.answers.heat import lit, peak_of, shows
 from npvlm.answers.words import shown, sureness
 
 if TYPE_CHECKING:
-    from npvlm.answers.explanation import Explanation, Word
+    from npvlm.answers.explanation import Explanation
 
 PAPER, INK, FAINT = (250, 249, 246), (28, 30, 36), (112, 116, 126)
 AREA, LONG = 300 * 240, 600  # pixels of a panel's picture, and at most of its side
@@ -26,6 +31,7 @@ SHAPE = 1.6  # its width over its height, about
 NOTES = {
     "attention": "Light: where the model looked as it chose the word, which is not yet why.",
     "occlusion": "Light: where a cover makes the word less likely. Dark: no cover does.",
+    "match": "Light: where a word fits better than elsewhere. Under it: what it adds to the score.",
 }
 
 
@@ -39,13 +45,16 @@ class Panel(NamedTuple):
 
 def sheet(explanation: Explanation) -> Image.Image:
     """Lay the panels out in rows, with the question above them."""
-    picture = _scaled(explanation.picture)
+    picture, method = scaled(explanation.picture), explanation.method
     panels = [Panel(picture, "", "the picture")]
-    panels += [_panel(picture, word, explanation.method) for word in explanation.words]
-    return _laid_out(explanation, panels)
+    for word in explanation.words:
+        sure = sureness(word.text, word.probability)
+        panels.append(heat_panel(picture, word.heat, method, shown(word.text), sure))
+    how = f"{explanation.model}, {explanation.precision}, {method}"
+    return lay_out(panels, explanation.prompt, how, method)
 
 
-def _scaled(picture: Image.Image) -> Image.Image:
+def scaled(picture: Image.Image) -> Image.Image:
     """The picture at the size of a panel; a small one is enlarged, so that its heat can be seen."""
     width, height = picture.size
     factor = min(math.sqrt(AREA / (width * height)), LONG / max(width, height))
@@ -53,11 +62,14 @@ def _scaled(picture: Image.Image) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _panel(picture: Image.Image, word: Word, method: str) -> Panel:
-    drawn = lit(picture, word.heat, method)
-    if shows(word.heat, method):
-        _mark(drawn, word.peak)
-    return Panel(drawn, shown(word.text), sureness(word.text, word.probability))
+def heat_panel(
+    picture: Image.Image, heat: NDArray[np.float64], method: str, title: str, note: str
+) -> Panel:
+    """The picture with the heat [g, g] of a word over it, and a ring around its peak."""
+    drawn = lit(picture, heat, method)
+    if shows(heat, method):
+        _mark(drawn, peak_of(heat))
+    return Panel(drawn, title, note)
 
 
 def _mark(picture: Image.Image, peak: tuple[float, float]) -> None:
@@ -69,24 +81,24 @@ def _mark(picture: Image.Image, peak: tuple[float, float]) -> None:
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=line)
 
 
-def _laid_out(explanation: Explanation, panels: list[Panel]) -> Image.Image:
+def lay_out(panels: list[Panel], title: str, how: str, method: str) -> Image.Image:
+    """One sheet of all panels, with a title, a line that says how, and what light means."""
     width, height = panels[0].picture.size
     across, down = max(width, NARROW) + GAP, height + CAPTION + GAP
     columns = min(len(panels), max(1, round(math.sqrt(SHAPE * len(panels) * down / across))))
     rows = math.ceil(len(panels) / columns)
 
-    how = f"{explanation.model}, {explanation.precision}, {explanation.method}"
     wide = max(WIDE, 2 * MARGIN + columns * across - GAP)
     head, foot = MARGIN + TITLE + 3 * SMALL, MARGIN + 2 * SMALL
     sheet = Image.new("RGB", (wide, head + rows * down + foot), PAPER)
     pen = ImageDraw.Draw(sheet)
-    _write(pen, (MARGIN, MARGIN), explanation.prompt, TITLE, INK, wide - 2 * MARGIN)
+    _write(pen, (MARGIN, MARGIN), title, TITLE, INK, wide - 2 * MARGIN)
     _write(pen, (MARGIN, MARGIN + TITLE + 8), how, SMALL, FAINT, wide - 2 * MARGIN)
     for number, panel in enumerate(panels):
         row, column = divmod(number, columns)
         left, top = MARGIN + column * across, head + row * down
         _place(sheet, panel, left, top, across - GAP)
-    note = NOTES[explanation.method]
+    note = NOTES[method]
     _write(pen, (MARGIN, sheet.height - MARGIN - SMALL), note, SMALL, FAINT, wide - 2 * MARGIN)
     return sheet
 

@@ -20,13 +20,20 @@ COLOUR, CONTRAST, DARKEST = 0.35, 0.42, 36
 
 
 # The least heat that is as bright as can be. Attention is all shared out, so every word has a peak;
-# a word may need nothing of the picture, though, and is to be dark then.
-BRIGHT = {"attention": 0.0, "occlusion": 0.5}
+# a word may need nothing of the picture, though, or fit nothing on it, and is to be dark then.
+BRIGHT = {"attention": 0.0, "occlusion": 0.5, "match": 0.2}
 
 
 def shows(heat: NDArray[np.float64], method: str) -> bool:
     """Whether any part of the picture stands out, and so has a place to mark. heat [g, g]"""
     return float(heat.max()) - max(0.0, float(np.median(heat))) > 0.2 * BRIGHT[method]
+
+
+def peak_of(heat: NDArray[np.float64]) -> tuple[float, float]:
+    """The middle of the hottest patch, as shares of the picture's width and height. heat [g, g]"""
+    row, column = np.unravel_index(np.argmax(heat), heat.shape)
+    rows, columns = heat.shape
+    return (float(column) + 0.5) / columns, (float(row) + 0.5) / rows
 
 
 def lit(picture: Image.Image, heat: NDArray[np.float64], method: str) -> Image.Image:

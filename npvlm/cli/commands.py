@@ -18,6 +18,7 @@ from npvlm.cli.convert import convert
 from npvlm.cli.demo import demo
 from npvlm.cli.detect import detect, segment
 from npvlm.cli.doctor import doctor
+from npvlm.cli.embed import embed
 from npvlm.cli.explain import explain
 from npvlm.cli.features import features
 from npvlm.cli.fetch import fetch
@@ -27,6 +28,7 @@ from npvlm.cli.kit import kit
 from npvlm.cli.models import models
 from npvlm.cli.replay import replay
 from npvlm.cli.score import score
+from npvlm.cli.search import search
 from npvlm.cli.tokens import tokens
 from npvlm.cli.trace import trace
 from npvlm.errors import NpvlmError
@@ -41,6 +43,7 @@ Exit codes: 0 fine, 1 a check found a difference, 2 bad use,
 COMMANDS: dict[str, list[click.Command]] = {
     "Ask pictures": [demo, caption, ask, ocr, detect, segment, chat, batch, generate],
     "How sure, and why": [score, explain],
+    "Find pages": [embed, search],
     "Numbers": [features],
     "Models": [models, fetch, convert, inspect, tokens],
     "This machine": [doctor, bench],

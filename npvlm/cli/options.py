@@ -16,6 +16,7 @@ from npvlm.config import PACKED, PRECISIONS, read_config
 if TYPE_CHECKING:
     from npvlm.api import Model
     from npvlm.files.adapters import Adapter
+    from npvlm.retrieval import Retriever
 
 MODEL_VARIABLE = "NPVLM_MODEL"
 _THREAD_VARIABLES = (
@@ -191,6 +192,16 @@ def say_other_base(adapter: Adapter, model: str, folder: Path) -> None:
     if adapter.base and not same_name(adapter.base, model, folder):
         note = f"{adapter.folder} was made for {adapter.base}; it is right if {model} is the same."
         click.echo(f"npvlm: {note}", err=True)
+
+
+def open_retriever(model: str | None, precision: str | None, quiet: bool) -> Retriever:
+    """Load a ColPali; what takes a while the first time is said, unless it is to be quiet."""
+    from npvlm.retrieval import load_retriever
+
+    if model is None:
+        raise click.UsageError("no ColPali is bundled: --model names one.")
+    say_when_compiling(quiet)
+    return load_retriever(model, precision)
 
 
 def say_when_compiling(quiet: bool = False) -> None:

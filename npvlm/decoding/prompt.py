@@ -8,6 +8,8 @@ import numpy as np
 
 from npvlm.model.ops import Index
 
+QUERY_PADS = 10
+
 
 class Tokenizer(Protocol):
     """What this package needs of a tokenizer."""
@@ -16,6 +18,8 @@ class Tokenizer(Protocol):
     def bos_id(self) -> int: ...
     @property
     def newline_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
     @property
     def image_id(self) -> int: ...
     def encode(self, text: str) -> list[int]: ...
@@ -41,6 +45,24 @@ def layout(tokenizer: Tokenizer, prompt: str, image_tokens: int) -> Index:
     text = tokenizer.encode(prompt.rstrip("\n"))
     images = [tokenizer.image_id] * image_tokens
     return np.array([*images, tokenizer.bos_id, *text, tokenizer.newline_id])
+
+
+def query_layout(tokenizer: Tokenizer, query: str) -> Index:
+    """Lay out what ColPali finds pages by: `<bos>`, the text, ten `<pad>`, newline.
+
+    The padding is read like text: ColPali was trained to put there what else it may look for.
+
+    Parameters
+    ----------
+    query : with what stands in front of it, "Question: " as published
+
+    Returns
+    -------
+    ids [T], int64
+    """
+    padding = [tokenizer.pad_id] * QUERY_PADS
+    text = tokenizer.encode(query)
+    return np.array([tokenizer.bos_id, *text, *padding, tokenizer.newline_id])
 
 
 class TextStream:

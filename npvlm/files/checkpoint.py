@@ -23,6 +23,7 @@ from npvlm.files.names import (
     EMBED_TOKENS,
     LM_HEAD,
     POSITIONS,
+    PROJECTION,
     Shapes,
     canonical_name,
     expected_shapes,
@@ -169,11 +170,12 @@ def find_differences(stored: Mapping[str, Stored], config: Config) -> Difference
 def _tie_tables(stored: Mapping[str, Stored], config: Config) -> tuple[dict[str, Stored], Shapes]:
     """The tensors, one serving as both tables where it has to, and the shapes there must be."""
     stored, shapes = dict(stored), expected_shapes(config)
-    if config.text_config.tie_word_embeddings and LM_HEAD in stored:
+    if LM_HEAD in stored and LM_HEAD not in shapes:
         # Tied by name, yet there: the same numbers again, the only copy, or a head trained apart.
+        # Or ColPali has one left from its PaliGemma.
         if EMBED_TOKENS in stored:
             shapes[LM_HEAD] = shapes[EMBED_TOKENS]
-        else:
+        elif config.text_config.tie_word_embeddings:
             stored[EMBED_TOKENS] = stored.pop(LM_HEAD)
     return stored, shapes
 
@@ -333,6 +335,8 @@ def _hint(
         return "config.json says that the weights are packed: convert the original folder again"
     if any(name.endswith((".SCB", ".absmax", "_scale", ".qweight")) for name in unexpected):
         return "the weights are packed: take the float32, float16 or bfloat16 files"
+    if any(canonical_name(name).startswith(PROJECTION) for name in unexpected):
+        return "a ColPali's projection beside the config.json of a PaliGemma: take its own"
     if POSITIONS in stored and stored[POSITIONS].shape != expected[POSITIONS][0]:
         return "was the model made for pictures of another size than image_size says?"
     return "do config.json and the weights come from the same model?"

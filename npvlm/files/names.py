@@ -16,6 +16,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 EMBED_TOKENS = "language_model.model.embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"
+PROJECTION = "embedding_proj_layer"
 POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
 
 
@@ -23,9 +24,13 @@ def canonical_name(name: str) -> str:
     """Return the published spelling of a tensor or module, whatever release wrote it.
 
     Newer releases put `model.` in front of everything, call the decoder `language_model` where it
-    was `language_model.model`, leave `vision_model` out, and move `lm_head` to the top.
+    was `language_model.model`, leave `vision_model` out, and move `lm_head` to the top. ColPali is
+    a PaliGemma under `vlm.` with a projection beside it; colpali-engine says `model.` and
+    `custom_text_proj`.
     """
-    name = name.removeprefix("model.")
+    name = name.removeprefix("vlm.").removeprefix("model.").removeprefix("model.")
+    if rest := _after("custom_text_proj.", name):
+        return f"{PROJECTION}.{rest}"
     if name.startswith("lm_head"):
         return f"language_model.{name}"
     if rest := _after("language_model.", name):
@@ -58,14 +63,20 @@ def spelling(names: Iterable[str]) -> str:
 def expected_shapes(config: Config) -> Shapes:
     """List every tensor that a model of this config has, with its shape.
 
-    `language_model.lm_head.weight` is among them only where the tables are not tied.
+    `language_model.lm_head.weight` is among them only where the tables are not tied. ColPali scores
+    no words and has none, but a projection.
     """
     text, vision = config.text_config, config.vision_config
-    return {
+    shapes = {
         **_decoder(text),
         **_projector(config.projection_dim, vision.hidden_size),
         **_tower(vision),
     }
+    if config.embedding_dim is not None:
+        shapes.pop(LM_HEAD, None)
+        shapes[f"{PROJECTION}.weight"] = config.embedding_dim, text.hidden_size
+        shapes[f"{PROJECTION}.bias"] = (config.embedding_dim,)
+    return shapes
 
 
 def multiplies(name: str, shape: tuple[int, ...]) -> bool:

@@ -56,13 +56,15 @@ class TensorFile:
 
 
 @contextmanager
-def tensor_file(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[TensorFile]:
+def tensor_file(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[TensorFile]:
     """Open a new file for tensors that are written in any order, all of them by the end.
 
     Wider types go first and the data begin at a multiple of 64 bytes, so that every number is
-    aligned, and every tensor too whose size is such a multiple.
+    aligned, and every tensor too whose size is such a multiple. Metadata are texts.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
     end, starts = 0, {}
     for name in sorted(tensors, key=lambda name: -ITEM_BYTES[tensors[name].dtype]):
         tensor = tensors[name]

@@ -18,7 +18,9 @@ with kept():
         rope,
         soft_cap,
         softmax,
+        unit,
     )
+    from npvlm.kernels.matching import max_sim
     from npvlm.kernels.products import embed, gated, linear, patch_embed
 
 __all__ = [
@@ -29,9 +31,11 @@ __all__ = [
     "layer_norm",
     "linear",
     "log_softmax",
+    "max_sim",
     "patch_embed",
     "rms_norm",
     "rope",
     "soft_cap",
     "softmax",
+    "unit",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 from numba import prange
 
 from npvlm.kernels.compiling import compiled, parallel
-from npvlm.kernels.functions import bits, exp, from_bits, tanh
+from npvlm.kernels.functions import bits, exp, from_bits, in_order, tanh
 from npvlm.kernels.products import NO_SCALES
 from npvlm.kernels.tiles import COLUMNS, MIDDLE, TALL, WIDTH, add_tile, mix_tile
 from npvlm.kernels.vectors import LANES, pointer
@@ -190,8 +190,8 @@ def _soften(weights, i, begin, end, scale, cap, largest, totals, sums, row):
 
     most = np.int32(LEAST)
     for j in range(WIDTH):
-        most = max(most, _in_order(bits(weights[i, j])))
-    best = from_bits(np.int32(_in_order(np.int32(most))))
+        most = max(most, in_order(bits(weights[i, j])))
+    best = from_bits(np.int32(in_order(np.int32(most))))
     if best > largest[row]:
         shrunk = exp(largest[row] - best)
         largest[row] = best
@@ -207,12 +207,6 @@ def _soften(weights, i, begin, end, scale, cap, largest, totals, sums, row):
         for j in range(0, WIDTH, LANES):
             total += weights[i, j + lane]
         totals[row, lane] = total
-
-
-@compiled
-def _in_order(n):
-    """Bits of floats as integers that are in the floats' own order; also the way back."""
-    return n ^ ((n >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
 @compiled

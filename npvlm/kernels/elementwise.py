@@ -107,6 +107,18 @@ def gelu_tanh(x: Array) -> Array:
     return y
 
 
+def unit(x: Array) -> Array:
+    """Twin of ops.unit that rounds each number once.
+
+    x [..., D] -> [..., D]
+    """
+    if x.dtype != np.float32:
+        return definitions.unit(x)
+    y = np.empty(x.shape, np.float32)
+    _unit(_rows(x), _rows(y))
+    return y
+
+
 def _plain(x: Array) -> Array:
     """The same numbers as an array of the one kind that the kernels are compiled for."""
     return x if x.flags.carray else np.require(x, requirements=("C", "A", "W"))
@@ -177,6 +189,26 @@ def _total(terms: Doubles) -> float:
             terms[i] += terms[half + i]
         n = half
     return terms[0]
+
+
+@parallel
+def _unit(x: Floats, y: Floats) -> None:
+    if x.size < FEW:
+        for t in range(len(x)):
+            _unit_row(x[t], y[t])
+    else:
+        for t in prange(len(x)):
+            _unit_row(x[t], y[t])
+
+
+@compiled
+def _unit_row(x: Floats, y: Floats) -> None:
+    terms = np.empty(len(x), np.float64)
+    for i in range(len(x)):
+        terms[i] = np.float64(x[i]) * x[i]
+    scale = 1.0 / np.sqrt(_total(terms))
+    for i in range(len(x)):
+        y[i] = x[i] * scale
 
 
 @parallel

@@ -121,6 +121,12 @@ def _bitcast(given: Any, to: Any) -> Any:
 
 
 @compiled
+def in_order(n: Any) -> Any:
+    """Bits of float32 as whole numbers that are in the floats' own order; also the way back."""
+    return n ^ ((n >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@compiled
 def polynomial(x: Any, coefficients: Any) -> Any:
     """Horner's rule; the loop is gone once it is compiled."""
     y = coefficients[0]

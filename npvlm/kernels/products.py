@@ -86,7 +86,7 @@ def _are_alike(w: Bare, other: Bare) -> bool:
     return type(w) is type(other)
 
 
-def _stored(w: Bare, x: Inputs) -> tuple[Array, Array, Array, Array]:
+def stored(w: Bare, x: Inputs) -> tuple[Array, Array, Array, Array]:
     """The bytes of a weight, what its elements are, its group scales, and its row scales."""
     if isinstance(w, Int8):
         return _bytes(w.values), np.empty(0, np.int8), NO_BYTES, w.scales
@@ -110,8 +110,8 @@ def _bytes(values: Array) -> NDArray[np.uint8]:
 
 def _multiply(x: Inputs, weights: tuple[Bare, Bare], bias: Array, y: Array, gate: bool) -> None:
     """Write the products of packed rows with weights to y [T, O], of two weights if they gate."""
-    w, like, groups, scales = _stored(weights[0], x)
-    w2, _, groups2, scales2 = _stored(weights[1], x) if gate else (w, like, groups, scales)
+    w, like, groups, scales = stored(weights[0], x)
+    w2, _, groups2, scales2 = stored(weights[1], x) if gate else (w, like, groups, scales)
     zero = np.empty(0, np.int32 if like.dtype == np.int8 else np.float32)
     T, O = y.shape
     width = max(WIDTH, O // (SHARES * get_num_threads())) if T == 1 else WIDTH
@@ -136,18 +136,18 @@ def _products(
         tiles = -(-rows // height)
         panels, start = x[row // height * size :], offsets[row:]
         sums = np.empty((tiles * height, width), zero.dtype)
-        _sum_block(panels, size, height, tiles, steps, chunk, start, w, like, groups, column, sums)
+        sum_block(panels, size, height, tiles, steps, chunk, start, w, like, groups, column, sums)
         if gate:
             ups = np.empty((tiles * height, width), zero.dtype)
-            _sum_block(
+            sum_block(
                 panels, size, height, tiles, steps, chunk, start, w2, like, groups2, column, ups
             )
             other = np.empty(columns, np.float32)
         for i in range(rows):
             to = y[row + i, column : column + columns]
-            _finish(sums[i], row_scales, row + i, scales, column, to)
+            finish(sums[i], row_scales, row + i, scales, column, to)
             if gate:
-                _finish(ups[i], row_scales, row + i, scales2, column, other)
+                finish(ups[i], row_scales, row + i, scales2, column, other)
                 for j in range(columns):
                     to[j] = gelu(to[j]) * other[j]
             elif len(bias):
@@ -156,7 +156,7 @@ def _products(
 
 
 @compiled
-def _finish(sums, row_scales, i, scales, column, to):
+def finish(sums, row_scales, i, scales, column, to):
     """Sums of row i as float32, times the scales of their row and columns where they have any."""
     if len(scales):
         for j in range(len(to)):
@@ -170,7 +170,7 @@ def _finish(sums, row_scales, i, scales, column, to):
 
 
 @compiled
-def _sum_block(panels, size, height, tiles, steps, chunk, offsets, w, like, groups, first, sums):
+def sum_block(panels, size, height, tiles, steps, chunk, offsets, w, like, groups, first, sums):
     """Sum the products of packed rows with rows `first` and following of w.
 
     Many tiles take a chunk of all the columns at a time, which stay in the cache for the next

@@ -36,6 +36,7 @@ from npvlm.kernels.vectors import (
     fold,
     lanes,
     load,
+    maximum,
     pair_products,
     prefetch,
     splat,
@@ -52,6 +53,8 @@ WIDTH = 64  # columns of the block of sums that tiles add to
 
 # As many sums as the registers of the CPU hold beside the operands: 32 of 16 lanes, or 16 of 8.
 TALL, MIDDLE, COLUMNS = 6, 4, 4 if "avx512f" in features() else 1
+
+MATCHED = 12 if "avx512f" in features() else 3  # vectors that two times 16 queries are held to
 
 BFLOAT16 = "avx512bf16" in features()  # whether bfloat16 are multiplied by each other
 BYTE_PRODUCTS = "avx512vnni" in features()  # whether bytes are, those of a weight with 128 added
@@ -289,6 +292,55 @@ def mix_tile(
     integers = [types.int64] * 2
     signature = types.void(weights, v, *integers, *integers, sums, *integers, rows, columns)
     return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def best_tile(
+    typing: Any,
+    x: Any,
+    w: Any,
+    width: Any,
+    first: Any,
+    most: Any,
+    best: Any,
+    rows: Any,
+    columns: Any,
+) -> Any:
+    """Multiply a few times 16 queries with a few vectors; keep the best product of each query.
+
+    A query is a lane, so that no sum is ever folded: each is one chain of additions, from the first
+    number of a vector to the last.
+
+    x points to [width, rows, LANES] float32, w to vectors of `width` float32: `first` and those
+    behind it, the last of them repeated beyond `most`; best to [rows, LANES].
+    """
+    height, count = rows.literal_value, columns.literal_value
+
+    def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
+        x, w, width, first, most, best, _, _ = args
+        vectors = []
+        for j in range(count):
+            row = b.add(first, I64(j))
+            row = b.select(b.icmp_signed("<", row, most), row, most)
+            vectors.append(b.gep(w, [b.mul(row, width)]))
+        accumulators = _accumulators(b, height * count, splat(FLOATS, 0.0))
+        with cgutils.for_range_slice(b, I64(0), width, I64(1), inc=True) as (step, _):
+            packed = b.gep(x, [b.mul(step, I64(height * LANES))])
+            queries = [load(b, q, FLOATS) for q in _parts(b, packed, height)]
+            for j, vector in enumerate(vectors):
+                number = spread(b, b.load(b.gep(vector, [step]), align=1))
+                for i, query in enumerate(queries):
+                    slot = accumulators[j * height + i]
+                    b.store(fma(b, query, number, b.load(slot)), slot)
+        for i, place in enumerate(_parts(b, best, height)):
+            top = load(b, place, FLOATS)
+            for j in range(count):
+                top = maximum(b, top, b.load(accumulators[j * height + i]))
+            store(b, top, place)
+        return context.get_dummy_value()
+
+    integers = [types.int64] * 3
+    return types.void(x, w, *integers, best, rows, columns), codegen
 
 
 def _accumulators(b: Builder, count: int, zero: ir.Constant) -> list[Value]:

@@ -102,6 +102,17 @@ def copy_lanes(typing: Any, source: Any, to: Any) -> Any:
 
 
 @intrinsic
+def widen_lanes(typing: Any, source: Any, to: Any) -> Any:
+    """Sixteen float16, as their bits, become float32 at another place."""
+
+    def codegen(context: Any, b: Builder, signature: Any, args: Any) -> Value:
+        store(b, b.fpext(load(b, args[0], HALVES), FLOATS), args[1])
+        return context.get_dummy_value()
+
+    return types.void(source, to), codegen
+
+
+@intrinsic
 def narrow_pairs(typing: Any, source: Any, to: Any) -> Any:
     """32 float32 rounded to the nearest bfloat16, ties to even bits; a nan stays one.
 
@@ -203,6 +214,13 @@ def fma(b: Builder, x: Value, y: Value, z: Value) -> Value:
     kind = ir.FunctionType(FLOATS, [FLOATS] * 3)
     call = cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v16f32")
     return b.call(call, [x, y, z])
+
+
+def maximum(b: Builder, x: Value, y: Value) -> Value:
+    """The larger, lane by lane; nan where one of the two is."""
+    kind = ir.FunctionType(FLOATS, [FLOATS] * 2)
+    call = cgutils.get_or_insert_function(b.module, kind, "llvm.maximum.v16f32")
+    return b.call(call, [x, y])
 
 
 def upper_halves(b: Builder, bits: Value) -> Value:

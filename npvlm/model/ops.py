@@ -263,3 +263,30 @@ def gated(x: Array, gate: Weight, up: Weight, *, tap: Tap) -> Array:
     left = tap("gate_proj", linear(x, gate))
     right = tap("up_proj", linear(x, up))
     return gelu_tanh(left) * right
+
+
+def unit(x: Array) -> Array:
+    """Scale each row to length 1, so that the product of two rows is the cosine between them.
+
+    There is no eps: a row of zeros has no direction and becomes nan.
+
+    x [..., D] -> [..., D]
+    Source: ColPali, arXiv 2407.01449.
+    """
+    return x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True))
+
+
+def max_sim(q: Array, pages: Weight, size: int) -> Array:
+    """Score pages for a query: each row of q takes its best product with a row of the page, summed.
+
+    Every `size` rows of `pages` are a page. What a page scores depends on that page alone. All rows
+    of a query count, those of its padding tokens too.
+
+    q [T, I], pages [O, I] -> [N]
+    Source: late interaction, ColBERT, arXiv 2004.12832.
+    """
+    scores = np.empty(len(pages) // size, q.dtype)
+    for n in range(len(scores)):
+        products = linear(q, pages[n * size : (n + 1) * size])  # [T, size]
+        scores[n] = np.sum(np.max(products, axis=1), dtype=np.float64)
+    return scores

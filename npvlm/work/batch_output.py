@@ -36,7 +36,7 @@ class Records:
     def append(self, record: Record) -> None:
         """Write one line and have the disk hold it."""
         left = memoryview(f"{json_line(dict(record))}\n".encode())
-        with _said(self._path, "make room and go on with --resume"):
+        with said(self._path, "make room and go on with --resume"):
             while left:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
@@ -65,11 +65,11 @@ def open_records(
     """
     if path.exists() and not path.is_file():
         raise NpvlmError(f"{path} is no regular file, expected a place for one.")
-    with _said(path, "name another place"):
+    with said(path, "name another place"):
         file = path.open("a+b", buffering=0)
     with file:
-        with _said(path, "name another place"):
-            _lock(file, path)
+        with said(path, "name another place"):
+            lock(file, path)
             if path.stat().st_size and not resume:
                 raise UsageError(f"{path} holds records; --resume goes on, or name another file.")
             kept, errors, size = _check(path, expected)
@@ -78,7 +78,7 @@ def open_records(
 
 
 @contextmanager
-def _said(path: Path, advice: str) -> Iterator[None]:
+def said(path: Path, advice: str) -> Iterator[None]:
     """Turn what the system says into one sentence."""
     try:
         yield
@@ -93,7 +93,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, lines)
 
 
-def _lock(file: FileIO, path: Path) -> None:
+def lock(file: FileIO, path: Path) -> None:
     if fcntl is None:
         return
     try:

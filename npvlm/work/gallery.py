@@ -58,7 +58,7 @@ class Gallery:
                     raise UsageError(
                         f"{folder} lies in {name}, whose pictures are asked about; name another."
                     )
-            _make(folder)
+            make_folder(folder)
 
     def add(self, found: Detection) -> None:
         """Draw one picture's things and cut them out, as far as that is asked for."""
@@ -98,12 +98,14 @@ def check_output(path: Path, ending: str, sources: Sequence[Path]) -> None:
     check_place(path)
 
 
-def _is_png(path: Path) -> bool:
-    return path.suffix.lower() == ".png"
+def make_folder(folder: Path) -> None:
+    """Make a folder and those around it.
 
-
-def _make(folder: Path) -> None:
-    """Make a folder and those around it."""
+    Raises
+    ------
+    UsageError, NpvlmError
+        As `Gallery`.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file, expected a folder.")
     try:
@@ -111,3 +113,7 @@ def _make(folder: Path) -> None:
     except OSError as error:
         raise UsageError(f"{folder} cannot be made: {error.strerror}; name another.") from None
     check_place(folder / "new")
+
+
+def _is_png(path: Path) -> bool:
+    return path.suffix.lower() == ".png"

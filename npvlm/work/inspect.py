@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from npvlm.api import find_folder, load
+from npvlm.api import find_folder, open_model
 from npvlm.config import PRECISIONS, Config, read_config
 from npvlm.errors import NpvlmError
 from npvlm.files.checkpoint import (
@@ -221,7 +221,7 @@ def inspect(model: str) -> Inspection:
 def _refusal(model: str) -> str | None:
     """What `load` says, word for word; with the definitions, which need no compiled kernel."""
     try:
-        load(model, ops="numpy")
+        open_model(model, None, "numpy")
     except NpvlmError as error:
         return str(error)
     return None
@@ -271,8 +271,9 @@ def _sizes(config: Config) -> Sizes:
         vision.num_attention_heads,
         vision.patch_size,
     )
+    role = "" if config.embedding_dim is None else "ColPali on "
     return Sizes(
-        family="PaliGemma 2" if text.model_type == "gemma2" else "PaliGemma 1",
+        family=f"{role}PaliGemma {2 if text.model_type == 'gemma2' else 1}",
         size=_SIZES.get(decoder) if tower == _TOWER else None,
         resolution=vision.image_size,
         image_tokens=vision.num_patches,

@@ -81,6 +81,7 @@ def cases() -> Iterator[Case]:
     yield from _elementwise()
     yield from _products()
     yield from _attention()
+    yield from _matching()
     yield from _packing()
 
 
@@ -97,6 +98,7 @@ def _elementwise() -> Iterator[Case]:
     yield _case("soft_cap", (30 * x,), (30.0,), ONE_ROUNDING)
     yield _case("softmax", (3 * x,), (), ONE_ROUNDING)
     yield _case("gelu_tanh", (x,), (), ONE_ROUNDING)
+    yield _case("unit", (x,), (), ONE_ROUNDING)
     yield _case("log_softmax", (3 * x[0],), (), LOGARITHM)
 
 
@@ -168,6 +170,19 @@ def _attention() -> Iterator[Case]:
         ("attend in a window", np.maximum(start, last - 30), 2.0),
     ):
         yield _case(name, (q, k, v), (start, first, last, d**-0.5, cap), BOTH)
+
+
+def _matching() -> Iterator[Case]:
+    """A query and two pages, of vectors kept in each way that an index has."""
+    q, pages = _numbers(16, ROWS, INPUTS), _numbers(17, 2 * OUTPUTS, INPUTS)
+    for kind, kept in _stored(pages).items():
+        if kind in ("float32", "float16", "int8"):
+            yield Case(
+                f"max_sim {kind}",
+                partial(kernels.max_sim, q, kept, OUTPUTS),
+                partial(definitions.max_sim, _as_read(q, kept), kept, OUTPUTS),
+                0.0 if kind == "int8" else SUMS,
+            )
 
 
 def _packing() -> Iterator[Case]:
