@@ -53,7 +53,7 @@ from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.decoding.score import score
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files import hub
-from npvlm.files.checkpoint import open_checkpoint
+from npvlm.files.checkpoint import fit_rows, open_checkpoint
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.packed import at_precision
 from npvlm.files.pictures import (
@@ -118,6 +118,9 @@ def load(model: str | Path = "shapes", precision: str | None = None, ops: str = 
         config = replace(config, eos_token_ids=(tokenizer.eos_id,))
     preprocessor = read_preprocessor(folder, config)
     weights, precision, namespace = open_weights(folder, config, precision, ops)
+    fitted = fit_rows(config, weights)
+    if fitted != config:
+        config, tokenizer = fitted, load_tokenizer(folder, fitted)
     return Model(str(model), folder, config, weights, tokenizer, preprocessor, precision, namespace)
 
 

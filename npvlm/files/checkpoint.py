@@ -10,8 +10,9 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from npvlm.files.names import (
     Shapes,
     canonical_name,
     expected_shapes,
+    prefixes,
 )
 from npvlm.files.packed import join_parts, packing, part_names, part_tensors
 from npvlm.model.weights import Array, BFloat16, Weight
@@ -141,16 +143,54 @@ def open_checkpoint(folder: Path, config: Config) -> dict[str, Weight]:
 
 
 def by_name(tensors: Iterable[Stored]) -> dict[str, Stored]:
-    """Tensors under their published names; one that is there twice is refused."""
+    """Tensors under their published names; one that is there twice is refused.
+
+    Where all that a PaliGemma has stands under one prefix, what stands outside it is left out.
+    """
+    tensors = list(tensors)
+    start = _prefix(tensors)
     stored: dict[str, Stored] = {}
     for tensor in tensors:
-        name = canonical_name(tensor.name)
+        if not tensor.name.startswith(start):
+            continue
+        name = canonical_name(tensor.name[len(start) :])
         if name.endswith(".position_ids"):  # a constant 0, 1, 2, ... that old releases saved
             continue
         if name in stored:
             raise _twice(stored[name], tensor)
         stored[name] = tensor
     return stored
+
+
+def outside(tensors: Iterable[Stored]) -> tuple[str, list[str]]:
+    """The prefix of a PaliGemma that is part of another model, and the tensors outside it."""
+    tensors = list(tensors)
+    start = _prefix(tensors)
+    return start, [tensor.name for tensor in tensors if not tensor.name.startswith(start)]
+
+
+def _prefix(tensors: list[Stored]) -> str:
+    """What stands before the names of all that a PaliGemma has."""
+    found = prefixes(tensor.name for tensor in tensors)
+    if len(found) > 1:
+        raise NpvlmError(
+            f"{tensors[0].file.parent} holds {len(found)} PaliGemmas, under "
+            f"{_listed(f'{start!r}' for start in found)}, expected one; keep the files of one"
+        )
+    return found[0] if found else ""
+
+
+def fit_rows(config: Config, stored: Mapping[str, Any]) -> Config:
+    """A config whose vocabulary is as long as the table, if that has all but untrained rows.
+
+    Tables made from the original have no row for `<image>`, which is never looked up, and none of
+    those behind it, which stand in the published files to make their number a multiple of 64.
+    """
+    table = stored.get(EMBED_TOKENS, stored.get(LM_HEAD))
+    rows = 0 if table is None else table.shape[0]
+    if not config.image_token_index <= rows < config.text_config.vocab_size:
+        return config
+    return replace(config, text_config=replace(config.text_config, vocab_size=rows))
 
 
 def find_differences(stored: Mapping[str, Stored], config: Config) -> Differences:
@@ -161,7 +201,7 @@ def find_differences(stored: Mapping[str, Stored], config: Config) -> Difference
 
 def _tie_tables(stored: Mapping[str, Stored], config: Config) -> tuple[dict[str, Stored], Shapes]:
     """The tensors, one serving as both tables where it has to, and the shapes there must be."""
-    stored, shapes = dict(stored), expected_shapes(config)
+    stored, shapes = dict(stored), expected_shapes(fit_rows(config, stored))
     if config.text_config.tie_word_embeddings and LM_HEAD in stored:
         # Tied by name, yet there: the same numbers again, the only copy, or a head trained apart.
         if EMBED_TOKENS in stored:
@@ -320,7 +360,10 @@ def _hint(
     if any(name.endswith((".SCB", ".absmax", "_scale", ".qweight")) for name in unexpected):
         return "the weights are packed: take the float32, float16 or bfloat16 files"
     if POSITIONS in stored and stored[POSITIONS].shape != expected[POSITIONS][0]:
-        return "was the model made for pictures of another size than image_size says?"
+        return (
+            "was the model made for pictures of another size than image_size says? "
+            "`npvlm convert SRC DST --image-size N` makes positions for N pixels"
+        )
     return "do config.json and the weights come from the same model?"
 
 

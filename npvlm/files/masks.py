@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import safe_open
 
 from npvlm.errors import NpvlmError
+from npvlm.files.npz import Npz
 from npvlm.model.vqvae import CODEBOOK
 from npvlm.model.weights import Weight, Weights, unpack
 
@@ -78,8 +79,10 @@ def _read(path: Path) -> dict[str, Weight]:
     """The tensors of either kind of file that decoding takes, as they are found."""
     wanted = _shapes()
     if path.suffix == ".npz":
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return {name: _floats(file[name], path, name) for name in wanted if name in file.files}
+        arrays = Npz(path)
+        held = set(arrays.names)
+        arrays.check(name for name in wanted if name in held)
+        return {n: _floats(arrays.array(n), path, n) for n in wanted if n in held}
     with safe_open(path, framework="numpy") as file:
         held = set(file.keys())
         return {name: _floats(file.get_tensor(name), path, name) for name in wanted if name in held}
