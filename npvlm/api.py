@@ -53,6 +53,7 @@ from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.decoding.score import score
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files import hub
+from npvlm.files.big_vision import convert_command, find_npz
 from npvlm.files.checkpoint import fit_rows, open_checkpoint
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.packed import at_precision
@@ -154,6 +155,11 @@ def find_folder(model: str | Path) -> Path:
     """The folder of a model: a bundled one, a checkpoint folder, or one in the hub's cache."""
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
     folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
+    if file := find_npz(folder):
+        raise NpvlmError(
+            f"{file} is a checkpoint of big_vision, expected a folder of safetensors; make one of "
+            f"it once: {convert_command(file)}"
+        )
     try:
         found = folder.is_dir() and str(model) != ""
     except OSError:  # a name too long for a file

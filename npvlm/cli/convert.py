@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from npvlm.cli.options import say_when_compiling
+from npvlm.config import PRECISIONS
 
 
 @click.command()
@@ -16,24 +17,56 @@ from npvlm.cli.options import say_when_compiling
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option(
     "--precision",
-    type=click.Choice(["bfloat16", "int8", "int4"]),
-    required=True,
-    help="bfloat16: an ordinary checkpoint. int8, int4: packed, for npvlm alone.",
+    type=click.Choice(PRECISIONS),
+    default="float32",
+    show_default=True,
+    help="float32: weights as they are stored. bfloat16: an ordinary checkpoint. int8, int4: "
+    "packed, for npvlm alone.",
 )
-def convert(source: str, destination: Path, precision: str) -> None:
-    """Write the checkpoint SRC again as DST, with smaller weights.
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The tokenizer.model to put into DST.  [default: that of SRC]",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1, max=100_000),
+    metavar="N",
+    help="Make the model one for pictures of N x N pixels, its positions resampled.",
+)
+def convert(
+    source: str,
+    destination: Path,
+    precision: str,
+    tokenizer: Path | None,
+    image_size: int | None,
+) -> None:
+    """Write the checkpoint SRC as DST: in the published form, or with smaller weights.
 
-    SRC is any model; DST is a new or an empty folder, which appears when it is whole.
+    SRC is any model; an .npz file of big_vision; or a folder with a PaliGemma inside another model,
+    or with another model's config.json. DST is a new or an empty folder, which appears when it is
+    whole.
 
     \b
     npvlm convert paligemma-3b-mix-224 small --precision int8
+    npvlm convert pt_224.bf16.npz pt-224 --tokenizer paligemma_tokenizer.model
+    npvlm convert paligemma-3b-pt-224 pt-336 --image-size 336
     """
     from npvlm.work.convert import convert as run
 
     say_when_compiling()
     progress = Progress()
     try:
-        run(source, destination, precision, progress)
+        run(
+            source,
+            destination,
+            precision,
+            progress,
+            tokenizer=tokenizer,
+            image_size=image_size,
+            say=lambda what: click.echo(f"npvlm: {what}", err=True),
+        )
     finally:
         progress.end_line()
     click.echo(f"{destination} is written.", err=True)

@@ -12,6 +12,7 @@ colours · 1, 2 and 3 axes of that many.
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 
 from npvlm.errors import NpvlmError
 from npvlm.files.deduced import Heads, deduce_config
+from npvlm.files.masks import FILES as MASKS
 from npvlm.files.names import EMBED_TOKENS, POSITIONS
 from npvlm.files.npz import Npz
 from npvlm.model.weights import Array, BFloat16
@@ -156,6 +158,33 @@ class BigVision:
     dtype: str
     arrays: list[str]
     others: dict[str, int]
+
+
+def find_npz(place: Path) -> Path | None:
+    """The checkpoint of big_vision that a place is: an .npz file, or a folder with one alone.
+
+    Raises
+    ------
+    NpvlmError
+        For a folder with several and no safetensors.
+    """
+    try:
+        if place.is_file():
+            return place if place.suffix == ".npz" else None
+        if not place.is_dir() or any(place.glob("*.safetensors*")):
+            return None
+        found = sorted(file for file in place.glob("*.npz") if file.name not in MASKS)
+    except OSError:  # a name too long for a file, or a folder that may not be read
+        return None
+    if len(found) > 1:
+        names = [file.name for file in found]
+        raise NpvlmError(f"{place} holds {len(found)} checkpoints ({_listed(names)}); name one.")
+    return found[0] if found else None
+
+
+def convert_command(file: Path) -> str:
+    """What to type to make a folder of an .npz file."""
+    return f"npvlm convert {shlex.quote(str(file))} {shlex.quote(file.name.split('.')[0] or 'new')}"
 
 
 def open_big_vision(path: Path) -> BigVision:

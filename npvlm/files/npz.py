@@ -92,7 +92,7 @@ class Npz:
     def _stored(self, member: zipfile.ZipInfo) -> Array:
         """The bytes of a member that is not compressed, as they lie in the file."""
         start, size = member.header_offset, member.file_size
-        mark, name, extra = _LOCAL.unpack_from(self._data[start : start + _LOCAL.size])
+        mark, name, extra = _LOCAL.unpack(self._data[start : start + _LOCAL.size].tobytes())
         start += _LOCAL.size + name + extra
         if mark != b"PK\x03\x04" or size != member.compress_size or start + size > len(self._data):
             raise ValueError("a member is not where it should be")

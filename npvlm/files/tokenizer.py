@@ -24,6 +24,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _TAB = "<0x09>"
 _SPACE = "\u2581"
 _LONGEST_RUN = 31
+_PLACES = (*(f"<loc{i:04d}>" for i in range(1024)), *(f"<seg{i:03d}>" for i in range(128)))
 
 
 class Tokenizer:
@@ -194,6 +195,25 @@ def piece_ids(folder: Path, pieces: Iterable[str]) -> tuple[int, dict[str, int |
     return len(own), {piece: added.get(piece, _piece_id(own, piece)) for piece in pieces}
 
 
+def tokens_to_add(path: Path, config: Config) -> dict[str, int]:
+    """Which tokens a vocabulary lacks that a model has, and their ids.
+
+    `<image>` is in no published vocabulary. Gemma's own has no locations and segments either; they
+    follow its pieces in the order of their numbers.
+
+    Raises
+    ------
+    NpvlmError
+        No such file, or no vocabulary.
+    """
+    if not path.is_file():
+        raise NpvlmError(f"{path} is no file, expected a SentencePiece model")
+    pieces, added = _parse(path), {IMAGE: config.image_token_index}
+    if len(pieces) + len(_PLACES) == config.image_token_index:
+        added |= {piece: len(pieces) + i for i, piece in enumerate(_PLACES)}
+    return added
+
+
 def _read_pieces(folder: Path) -> SentencePieceProcessor:
     path = folder / "tokenizer.model"
     if not path.is_file():
@@ -203,6 +223,10 @@ def _read_pieces(folder: Path) -> SentencePieceProcessor:
                 "published beside the other files of every google/paligemma repository"
             )
         raise NpvlmError(f"{path} is missing; copy it from where the model was published")
+    return _parse(path)
+
+
+def _parse(path: Path) -> SentencePieceProcessor:
     try:
         content = path.read_bytes()
     except OSError as error:

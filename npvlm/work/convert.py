@@ -5,41 +5,49 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from npvlm.api import find_folder
-from npvlm.config import FORMAT_VERSION, PACKED, Values, parse_config, read_config, read_json
+from npvlm.config import FORMAT_VERSION, PACKED, Values, parse_config
 from npvlm.errors import NpvlmError, UsageError
-from npvlm.files.checkpoint import INDEX, OTHER_FORMATS, open_checkpoint
-from npvlm.files.masks import find_mask_decoder
-from npvlm.files.output import new_folder
-from npvlm.files.packed import blocks_of, packing, part_tensors, parts_of
+from npvlm.files.checkpoint import INDEX, open_checkpoint
+from npvlm.files.output import check_new, new_folder
+from npvlm.files.packed import Rows, blocks_of, packing, part_tensors, parts_of
+from npvlm.files.tokenizer import load_tokenizer
 from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
 from npvlm.kernels.packing import PACKERS
-from npvlm.model.weights import Array, BFloat16, Weight, round_to_bfloat16, unpack
+from npvlm.model.weights import Array, BFloat16, round_to_bfloat16, unpack
+from npvlm.work.sources import Say, locate, open_source
 
 SHARD_BYTES = 5_000_000_000
-LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in other formats larger
 
 Progress = Callable[[int, int, int, int], None]
 
 
-def convert(source: str | Path, destination: Path, precision: str, progress: Progress) -> None:
-    """Write a checkpoint folder whose weights are stored as `precision` computes with them.
+def convert(
+    model: str | Path,
+    destination: Path,
+    precision: str,
+    progress: Progress,
+    *,
+    tokenizer: Path | None = None,
+    image_size: int | None = None,
+    say: Say = lambda _: None,
+) -> None:
+    """Write a checkpoint folder of the published form, its weights stored for a precision.
 
     docs/format.md says what is in it. It appears whole or not at all.
 
     Parameters
     ----------
-    source : the name of a bundled model, or a checkpoint folder as published
+    model : the name of a bundled model, or a source as `open_source` takes it
     destination : a folder that is not there yet, or an empty one
-    precision : "bfloat16", "int8" or "int4"
+    precision : "float32" (weights as they are stored), "bfloat16", "int8" or "int4"
     progress : told before every block and at the end: weights done, weights in all, bytes
         written, bytes in all
+    tokenizer, image_size, say : as for `open_source`
 
     Raises
     ------
@@ -48,26 +56,23 @@ def convert(source: str | Path, destination: Path, precision: str, progress: Pro
     NpvlmError
         Where the source is damaged, or the disk too small or not to be written.
     """
-    folder = find_folder(source)
-    destination = destination.expanduser().resolve()
-    if destination.is_relative_to(folder.resolve()) and destination != folder.resolve():
-        raise UsageError(f"{destination} lies inside {folder}, expected a place beside it.")
-    config = read_config(folder)
-    if config.quantization:
-        raise UsageError(
-            f"{folder} is packed as {config.quantization} already; convert the original checkpoint."
-        )
-    weights = open_checkpoint(folder, config)
+    place, destination = locate(model), destination.expanduser().resolve()
+    if destination.is_relative_to(place.resolve()) and destination != place.resolve():
+        raise UsageError(f"{destination} lies inside {place}, expected a place beside it.")
+    check_new(destination)
+    source = open_source(place, tokenizer, image_size, say)
+    weights = source.weights
     layout = {name: _tensors(name, weight, precision) for name, weight in weights.items()}
-    copied = _small_files(folder)
     total = sum(tensor.bytes for tensors in layout.values() for tensor in tensors.values())
 
     with new_folder(destination) as draft:
-        _check_space(draft, total + sum(map(len, copied.values())))
-        for file_name, content in copied.items():
+        _check_space(draft, total + sum(map(len, source.files.values())))
+        for file_name, content in source.files.items():
             (draft / file_name).write_bytes(content)
-        values = _config(read_json(folder / "config.json"), precision)
+        values = _config(source.values, precision)
         _write_json(draft / "config.json", values)
+        if tokenizer is not None:
+            load_tokenizer(draft, source.config)
 
         shards = shard(list(layout.values()), SHARD_BYTES)
         if len(shards) > 1:
@@ -86,22 +91,23 @@ def convert(source: str | Path, destination: Path, precision: str, progress: Pro
                     done += 1
         progress(done, len(layout), written, total)
         # What was written is opened as it will be used, before it takes its place.
-        open_checkpoint(draft, replace(config, quantization=parse_config(values).quantization))
+        open_checkpoint(draft, parse_config(values))
 
 
-def _tensors(name: str, weight: Weight, precision: str) -> dict[str, Tensor]:
+def _tensors(name: str, weight: Rows, precision: str) -> dict[str, Tensor]:
     """The tensors that a weight becomes, its own name first."""
     shape = weight.shape
     if kind := packing(name, shape, precision):
         parts = part_tensors(name, shape, kind)
         return {part: Tensor(dtype, size) for part, (dtype, size) in parts.items()}
-    if isinstance(weight, BFloat16) or precision == "bfloat16":
+    row = weight[:1]
+    if isinstance(row, BFloat16) or precision == "bfloat16":
         return {name: Tensor("BF16", shape)}
-    dtype = weight.dtype if isinstance(weight, np.ndarray) else None
+    dtype = row.dtype if isinstance(row, np.ndarray) else None
     return {name: Tensor("F16" if dtype == np.float16 else "F32", shape)}
 
 
-def _pieces(name: str, weight: Weight, precision: str) -> Iterator[tuple[int, tuple[Array, ...]]]:
+def _pieces(name: str, weight: Rows, precision: str) -> Iterator[tuple[int, tuple[Array, ...]]]:
     """What a weight becomes, a few rows at a time: the first row, and each tensor's part."""
     kind = packing(name, weight.shape, precision)
     for rows in blocks_of(weight):
@@ -124,6 +130,8 @@ def _config(values: dict[str, Any], precision: str) -> Values:
     if precision in PACKED:
         entry = {"format": "npvlm", "version": FORMAT_VERSION, "precision": precision}
         return values | {"quantization": entry}
+    if precision == "float32":  # as they are stored
+        return values
     if "dtype" not in values:
         values = values | {"torch_dtype": precision}
     return _retyped(values, precision)
@@ -139,35 +147,6 @@ def _retyped(values: Values, precision: str) -> dict[str, Any]:
         else value
         for key, value in values.items()
     }
-
-
-def _small_files(folder: Path) -> dict[str, bytes]:
-    """Vocabulary, settings, licence, mask decoder: what goes with the weights as it is."""
-    found = {}
-    for file in sorted(folder.iterdir()):
-        weights = any(file.match(kind) for kind in ("*.safetensors", *OTHER_FORMATS))
-        written = file.name.endswith(".index.json") or file.name == "config.json"
-        if weights or written or file.name.startswith(".") or not file.is_file():
-            continue
-        if file.stat().st_size <= LARGEST_COPIED:
-            found[file.name] = _content(file)
-    return found | _mask_decoder(folder)
-
-
-def _mask_decoder(folder: Path) -> dict[str, bytes]:
-    """The file that the source paints masks with, from its folder or beside it, if any."""
-    try:
-        file = find_mask_decoder(folder)
-    except NpvlmError:
-        return {}
-    return {file.name: _content(file)} if file.stat().st_size <= LARGEST_COPIED else {}
-
-
-def _content(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise NpvlmError(f"{file} cannot be read: {error.strerror or error}.") from None
 
 
 def _check_space(folder: Path, needed: int) -> None:

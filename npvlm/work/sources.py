@@ -1,0 +1,321 @@
+"""What convert begins from: a folder as published, one that is not quite, or a big_vision file."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npvlm.api import find_folder
+from npvlm.config import Config, Values, parse_config, read_config, read_json
+from npvlm.errors import NpvlmError, UsageError
+from npvlm.files.big_vision import find_npz, open_big_vision
+from npvlm.files.checkpoint import (
+    OTHER_FORMATS,
+    Stored,
+    by_name,
+    checkpoint_files,
+    fit_rows,
+    open_checkpoint,
+    outside,
+    read_header,
+)
+from npvlm.files.deduced import deduce_config, side_of
+from npvlm.files.masks import find_mask_decoder
+from npvlm.files.names import POSITIONS
+from npvlm.files.packed import Rows
+from npvlm.files.published import preprocessor_values
+from npvlm.files.resample import resample_positions
+from npvlm.files.tokenizer import tokens_to_add
+from npvlm.model.weights import unpack
+
+LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in other formats larger
+TOKENIZER = "tokenizer.model"
+TOKENIZERS = (TOKENIZER, "paligemma_tokenizer.model")  # the second is what big_vision calls it
+_WITH_A_TOKENIZER = (
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LISTED = 6
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that can be written as a folder of the published form.
+
+    values : the contents of its config.json, as that form has them
+    config : what they say
+    weights : under their published names, to be read a few rows at a time
+    files : small files that go along, by name
+    """
+
+    values: dict[str, Any]
+    config: Config
+    weights: Mapping[str, Rows]
+    files: dict[str, bytes]
+
+
+def locate(model: str | Path) -> Path:
+    """Find what is to be converted: a folder, or the .npz file of big_vision that it is or holds.
+
+    Raises
+    ------
+    NpvlmError
+        Where there is neither.
+    """
+    return find_npz(Path(model).expanduser()) or find_folder(model)
+
+
+def open_source(place: Path, tokenizer: Path | None, image_size: int | None, say: Say) -> Source:
+    """Open what is to be converted. No weight is kept; those of an .npz are checked first.
+
+    Parameters
+    ----------
+    place : a checkpoint folder as `load` takes it; one whose config.json is not a PaliGemma's,
+        though its weights are, or have one inside; or an .npz file of big_vision
+    tokenizer : a vocabulary to put in the place of the model's own
+    image_size : pixels of a picture's side for which positions are resampled, if they are to be
+    say : told, in sentences, what is left out and what is assumed
+
+    Raises
+    ------
+    UsageError
+        For a folder that is packed already, or an image size that cannot be.
+    NpvlmError
+        For a source that is damaged, or no PaliGemma.
+    """
+    if place.is_dir():
+        source = _folder(place, image_size is not None, say)
+    else:
+        source = _npz(place, tokenizer is not None, say)
+    if tokenizer is not None:
+        source = replace(source, files=_with_tokenizer(source, tokenizer))
+    return source if image_size is None else _resampled(source, image_size)
+
+
+def _npz(file: Path, tokenizer: bool, say: Say) -> Source:
+    """A file of big_vision, with the tokenizer that lies beside it unless one was named."""
+    found = open_big_vision(file)
+    if found.others:
+        what = _listed([f"{name} ({count})" for name, count in found.others.items()])
+        say(f"arrays that are no weights of a PaliGemma are left out: {what}.")
+    if not found.known:
+        say(
+            "no published decoder has these sizes: soft-caps, window and the scale of the scores "
+            "are not in the file, and are set as Google's are."
+        )
+    say(f"{file.name} is read once to see that it is whole.")
+    found.npz.check(found.arrays)
+    source = Source(found.config, parse_config(found.config, None, f"{file}: "), found.weights, {})
+    _say_rows(source.config, say)
+    source = replace(source, files=_made_files(source.config) | _mask_decoder(file.parent))
+    beside = [file.parent / name for name in TOKENIZERS if (file.parent / name).is_file()]
+    if beside:
+        return source if tokenizer else replace(source, files=_with_tokenizer(source, beside[0]))
+    if not tokenizer:
+        say(
+            f"there is no {' or '.join(TOKENIZERS)} beside {file.name}: name one with --tokenizer, "
+            f"or copy it into the new folder as {TOKENIZER}."
+        )
+    return source
+
+
+def _folder(folder: Path, resampled: bool, say: Say) -> Source:
+    """A folder of safetensors."""
+    tensors = [t for file in checkpoint_files(folder) for t in read_header(file)]
+    stored, (start, left) = by_name(tensors), outside(tensors)
+    if start:
+        what = f"; {len(left)} tensors beside it are left out: {_groups(left)}" if left else ""
+        say(f"the PaliGemma under {start.removesuffix('.')} is taken{what}.")
+    values, own = _values(folder, stored, say)
+    config = read_config(folder) if own else parse_config(values, None, f"{folder}/")
+    if config.quantization:
+        raise UsageError(
+            f"{folder} is packed as {config.quantization} already; convert the original checkpoint."
+        )
+    if resampled and POSITIONS in stored:
+        config = _sized(config, side_of(stored[POSITIONS].shape[0]))
+    weights = open_checkpoint(folder, config)
+    fitted, files = fit_rows(config, stored), _small_files(folder)
+    if fitted != config:
+        values, config = _with_rows(values, fitted.text_config.vocab_size), fitted
+        _say_rows(config, say)
+    if not own:
+        files = _made_files(config) | files
+    return Source(values, config, weights, files)
+
+
+def _values(folder: Path, stored: Mapping[str, Stored], say: Say) -> tuple[dict[str, Any], bool]:
+    """What config.json has to say, and whether it is what the folder's own says."""
+    path = folder / "config.json"
+    own = read_json(path) if path.exists() else {}
+    if own.get("model_type") == "paligemma":
+        return own, True
+    inside = [v for v in own.values() if isinstance(v, dict) and v.get("model_type") == "paligemma"]
+    if len(inside) == 1:
+        say(f"{path} is that of a model with a PaliGemma inside, whose part is taken.")
+        return inside[0], False
+    types = Counter(_TYPES.get(tensor.dtype, tensor.dtype) for tensor in stored.values())
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    says = (
+        f"is no PaliGemma's (its model_type is {own.get('model_type')!r})" if own else "is missing"
+    )
+    try:
+        values, _ = deduce_config(shapes, None, types.most_common(1)[0][0] if types else "")
+    except NpvlmError as error:
+        raise NpvlmError(f"{path} {says}, and {error}") from None
+    text = values["text_config"]
+    say(
+        f"{path} {says}; one is written for these weights, which have the sizes of a published "
+        f"PaliGemma: {text['num_hidden_layers']} layers of {text['hidden_size']}, pictures of "
+        f"{values['vision_config']['image_size']} px."
+    )
+    return values, False
+
+
+def _say_rows(config: Config, say: Say) -> None:
+    """Tell of a table that is shorter than the published one."""
+    rows, image = config.text_config.vocab_size, config.image_token_index
+    if rows <= image:
+        say(
+            f"the embedding table has {rows:,} rows: none for <image> ({image}), which is never "
+            "looked up, nor those behind it in the published files, which nothing was trained for."
+        )
+
+
+def _with_rows(values: Values, rows: int) -> dict[str, Any]:
+    """The contents of config.json for a vocabulary of so many rows."""
+    changed = copy.deepcopy(dict(values))
+    changed.setdefault("text_config", {})["vocab_size"] = rows
+    if "vocab_size" in changed:
+        changed["vocab_size"] = rows
+    return changed
+
+
+def _resampled(source: Source, image_size: int) -> Source:
+    """The same for pictures of another size."""
+    patch = source.config.vision_config.patch_size
+    side, rest = divmod(image_size, patch)
+    most = source.config.text_config.max_position_embeddings
+    if rest or not 0 < side * side < most:
+        raise UsageError(
+            f"--image-size is {image_size}, expected a multiple of {patch}, the side of a patch, "
+            f"with less than {most} patches in a picture."
+        )
+    table = unpack(source.weights[POSITIONS][slice(None)], np.float32)
+    weights = dict(source.weights)
+    if len(table) != side * side:
+        weights[POSITIONS] = resample_positions(table, side)
+    values = copy.deepcopy(source.values)
+    if "vision_config" not in values:
+        raise NpvlmError("config.json has no vision_config, expected one that says image_size.")
+    values["vision_config"]["image_size"] = image_size
+    for part in (values["vision_config"], values.get("text_config", {})):
+        if "num_image_tokens" in part:
+            part["num_image_tokens"] = side * side
+    return Source(values, _sized(source.config, side), weights, _sized_files(source, image_size))
+
+
+def _sized(config: Config, side: int) -> Config:
+    """A config for pictures of side x side patches."""
+    vision = config.vision_config
+    return replace(config, vision_config=replace(vision, image_size=side * vision.patch_size))
+
+
+def _sized_files(source: Source, image_size: int) -> dict[str, bytes]:
+    """The small files, those that tell the size of pictures changed."""
+    patch, files = source.config.vision_config.patch_size, dict(source.files)
+    new = preprocessor_values(image_size, patch)
+    found = False
+    for name, part in (
+        ("preprocessor_config.json", None),
+        ("processor_config.json", "image_processor"),
+    ):
+        if name not in files:
+            continue
+        values = json.loads(files[name])
+        settings = values if part is None else values.get(part)
+        if not isinstance(settings, dict):
+            continue
+        found = True
+        settings["size"] = new["size"]
+        if "image_seq_length" in settings:
+            settings["image_seq_length"] = new["image_seq_length"]
+        files[name] = _json(values)
+    return files if found else files | {"preprocessor_config.json": _json(new)}
+
+
+def _made_files(config: Config) -> dict[str, bytes]:
+    """What stands in a published folder and follows from config.json."""
+    vision = config.vision_config
+    return {
+        "preprocessor_config.json": _json(preprocessor_values(vision.image_size, vision.patch_size))
+    }
+
+
+def _with_tokenizer(source: Source, tokenizer: Path) -> dict[str, bytes]:
+    """The small files with another vocabulary, and the tokens that it lacks."""
+    added = tokens_to_add(tokenizer, source.config)
+    files = {
+        name: content for name, content in source.files.items() if name not in _WITH_A_TOKENIZER
+    }
+    return files | {TOKENIZER: _content(tokenizer), "added_tokens.json": _json(added)}
+
+
+def _small_files(folder: Path) -> dict[str, bytes]:
+    """Vocabulary, settings, licence, mask decoder: what goes with the weights as it is."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        weights = any(file.match(kind) for kind in ("*.safetensors", *OTHER_FORMATS))
+        written = file.name.endswith(".index.json") or file.name == "config.json"
+        if weights or written or file.name.startswith(".") or not file.is_file():
+            continue
+        if file.stat().st_size <= LARGEST_COPIED:
+            found[file.name] = _content(file)
+    return found | _mask_decoder(folder)
+
+
+def _mask_decoder(folder: Path) -> dict[str, bytes]:
+    """The file that the source paints masks with, from its folder or beside it, if any."""
+    try:
+        file = find_mask_decoder(folder)
+    except NpvlmError:
+        return {}
+    return {file.name: _content(file)} if file.stat().st_size <= LARGEST_COPIED else {}
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise NpvlmError(f"{file} cannot be read: {error.strerror or error}.") from None
+
+
+def _json(values: Any) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
+
+
+def _groups(names: list[str]) -> str:
+    """Tensors by the first two words of their names, and how many each group has."""
+    return _listed(
+        [
+            f"{start} ({n})"
+            for start, n in Counter(".".join(name.split(".")[:2]) for name in names).items()
+        ]
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
