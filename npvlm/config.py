@@ -291,7 +291,8 @@ def parse_config(values: Values, generation: Values | None = None, where: str = 
     if model_type != "paligemma":
         kind = f"a {model_type} model" if isinstance(model_type, str) else "of no named model_type"
         raise NpvlmError(
-            f"{file} is {kind}, expected paligemma; npvlm runs PaliGemma and PaliGemma 2 only"
+            f"{file} is {kind}, expected paligemma; npvlm runs PaliGemma and PaliGemma 2 only "
+            "(`npvlm convert` takes one out of another model)"
         )
     defaults = {"projection_dim": _PROJECTION_DIM, "image_token_index": _IMAGE_TOKEN_INDEX}
     top = Fields(values, f"{file}: ", defaults)

@@ -132,6 +132,7 @@ def open_model(model: str, precision: str | None, ops: str, quiet: bool = False)
     """Load a model; what takes a while the first time is said, unless it is to be quiet."""
     from npvlm.api import find_folder, load
     from npvlm.errors import NpvlmError
+    from npvlm.files.checkpoint import left_out
 
     try:
         find_folder(model)
@@ -144,7 +145,10 @@ def open_model(model: str, precision: str | None, ops: str, quiet: bool = False)
         click.echo(f"npvlm: {note}", err=True)
     if ops == "kernels":
         say_when_compiling(quiet)
-    return load(model, precision, ops)
+    opened = load(model, precision, ops)
+    if not quiet and (left := left_out(opened.folder)):
+        click.echo(f"npvlm: {left}", err=True)
+    return opened
 
 
 def say_when_compiling(quiet: bool = False) -> None:

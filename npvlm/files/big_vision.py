@@ -31,6 +31,7 @@ from npvlm.model.weights import Array, BFloat16
 _PARAMS = "params/"
 _TABLE = "llm/embedder/input_embedding"
 _TYPES = {"<f4": "float32", "<f2": "float16", "|V2": "bfloat16", "<u2": "bfloat16"}
+_STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _LISTED = 6
 
 
@@ -158,6 +159,11 @@ class BigVision:
     dtype: str
     arrays: list[str]
     others: dict[str, int]
+
+    def stored(self) -> list[tuple[str, int]]:
+        """The type of each array, as safetensors calls it, and its bytes."""
+        arrays = [self.npz.array(name) for name in self.arrays]
+        return [(_STORED[_TYPES[array.dtype.str]], array.nbytes) for array in arrays]
 
 
 def find_npz(place: Path) -> Path | None:

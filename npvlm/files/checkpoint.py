@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,6 +168,18 @@ def outside(tensors: Iterable[Stored]) -> tuple[str, list[str]]:
     tensors = list(tensors)
     start = _prefix(tensors)
     return start, [tensor.name for tensor in tensors if not tensor.name.startswith(start)]
+
+
+def left_out(folder: Path) -> str | None:
+    """Say which tensors of a folder are no part of its PaliGemma, if any are not."""
+    tensors = [tensor for file in checkpoint_files(folder) for tensor in read_header(file)]
+    start, left = outside(tensors)
+    if not start:
+        return None
+    groups = Counter(".".join(name.split(".")[:2]) for name in left)
+    what = _listed([f"{group} ({count})" for group, count in groups.items()])
+    beside = f"; {len(left)} tensors beside it are left out: {what}" if left else ""
+    return f"the PaliGemma under {start.removesuffix('.')} is taken{beside}."
 
 
 def _prefix(tensors: list[Stored]) -> str:

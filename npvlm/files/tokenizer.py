@@ -180,8 +180,10 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
     return Tokenizer(pieces, _with_own(added, pieces, config, folder), config)
 
 
-def piece_ids(folder: Path, pieces: Iterable[str]) -> tuple[int, dict[str, int | None]]:
-    """Count the pieces of tokenizer.model and look some up, whatever model they are for.
+def piece_ids(
+    folder: Path, pieces: Iterable[str], name: str = "tokenizer.model"
+) -> tuple[int, dict[str, int | None]]:
+    """Count the pieces of a vocabulary and look some up, whatever model they are for.
 
     Tokens that other files add are found too; what no file names has None.
 
@@ -190,7 +192,7 @@ def piece_ids(folder: Path, pieces: Iterable[str]) -> tuple[int, dict[str, int |
     NpvlmError
         No vocabulary, or none of SentencePiece.
     """
-    own = _read_pieces(folder)
+    own = _read_pieces(folder, name)
     added = _read_added(folder, own)
     return len(own), {piece: added.get(piece, _piece_id(own, piece)) for piece in pieces}
 
@@ -214,8 +216,8 @@ def tokens_to_add(path: Path, config: Config) -> dict[str, int]:
     return added
 
 
-def _read_pieces(folder: Path) -> SentencePieceProcessor:
-    path = folder / "tokenizer.model"
+def _read_pieces(folder: Path, name: str = "tokenizer.model") -> SentencePieceProcessor:
+    path = folder / name
     if not path.is_file():
         if (folder / "tokenizer.json").is_file():
             raise NpvlmError(

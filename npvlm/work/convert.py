@@ -15,7 +15,6 @@ from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.checkpoint import INDEX, open_checkpoint
 from npvlm.files.output import check_new, new_folder
 from npvlm.files.packed import Rows, blocks_of, packing, part_tensors, parts_of
-from npvlm.files.tokenizer import load_tokenizer
 from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
 from npvlm.kernels.packing import PACKERS
 from npvlm.model.weights import Array, BFloat16, round_to_bfloat16, unpack
@@ -71,8 +70,6 @@ def convert(
             (draft / file_name).write_bytes(content)
         values = _config(source.values, precision)
         _write_json(draft / "config.json", values)
-        if tokenizer is not None:
-            load_tokenizer(draft, source.config)
 
         shards = shard(list(layout.values()), SHARD_BYTES)
         if len(shards) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,8 +23,8 @@ from npvlm.files.checkpoint import (
     by_name,
     checkpoint_files,
     fit_rows,
+    left_out,
     open_checkpoint,
-    outside,
     read_header,
 )
 from npvlm.files.deduced import deduce_config, side_of
@@ -32,7 +33,7 @@ from npvlm.files.names import POSITIONS
 from npvlm.files.packed import Rows
 from npvlm.files.published import preprocessor_values
 from npvlm.files.resample import resample_positions
-from npvlm.files.tokenizer import tokens_to_add
+from npvlm.files.tokenizer import load_tokenizer, tokens_to_add
 from npvlm.model.weights import unpack
 
 LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in other formats larger
@@ -98,14 +99,15 @@ def open_source(place: Path, tokenizer: Path | None, image_size: int | None, say
     if place.is_dir():
         source = _folder(place, image_size is not None, say)
     else:
-        source = _npz(place, tokenizer is not None, say)
+        source = _npz(place, say)
+        tokenizer = tokenizer or _tokenizer_beside(place, say)
     if tokenizer is not None:
         source = replace(source, files=_with_tokenizer(source, tokenizer))
     return source if image_size is None else _resampled(source, image_size)
 
 
-def _npz(file: Path, tokenizer: bool, say: Say) -> Source:
-    """A file of big_vision, with the tokenizer that lies beside it unless one was named."""
+def _npz(file: Path, say: Say) -> Source:
+    """A file of big_vision."""
     found = open_big_vision(file)
     if found.others:
         what = _listed([f"{name} ({count})" for name, count in found.others.items()])
@@ -117,27 +119,30 @@ def _npz(file: Path, tokenizer: bool, say: Say) -> Source:
         )
     say(f"{file.name} is read once to see that it is whole.")
     found.npz.check(found.arrays)
-    source = Source(found.config, parse_config(found.config, None, f"{file}: "), found.weights, {})
-    _say_rows(source.config, say)
-    source = replace(source, files=_made_files(source.config) | _mask_decoder(file.parent))
-    beside = [file.parent / name for name in TOKENIZERS if (file.parent / name).is_file()]
-    if beside:
-        return source if tokenizer else replace(source, files=_with_tokenizer(source, beside[0]))
-    if not tokenizer:
-        say(
-            f"there is no {' or '.join(TOKENIZERS)} beside {file.name}: name one with --tokenizer, "
-            f"or copy it into the new folder as {TOKENIZER}."
-        )
-    return source
+    config = parse_config(found.config, None, f"{file}: ")
+    _say_rows(config, say)
+    files = _made_files(config) | _mask_decoder(file.parent)
+    return Source(found.config, config, found.weights, files)
+
+
+def _tokenizer_beside(file: Path, say: Say) -> Path | None:
+    """The vocabulary that lies beside a file of big_vision."""
+    for name in TOKENIZERS:
+        if (file.parent / name).is_file():
+            return file.parent / name
+    say(
+        f"there is no {' or '.join(TOKENIZERS)} beside {file.name}: name one with --tokenizer, or "
+        f"copy it into the new folder as {TOKENIZER}."
+    )
+    return None
 
 
 def _folder(folder: Path, resampled: bool, say: Say) -> Source:
     """A folder of safetensors."""
     tensors = [t for file in checkpoint_files(folder) for t in read_header(file)]
-    stored, (start, left) = by_name(tensors), outside(tensors)
-    if start:
-        what = f"; {len(left)} tensors beside it are left out: {_groups(left)}" if left else ""
-        say(f"the PaliGemma under {start.removesuffix('.')} is taken{what}.")
+    stored = by_name(tensors)
+    if note := left_out(folder):
+        say(note)
     values, own = _values(folder, stored, say)
     config = read_config(folder) if own else parse_config(values, None, f"{folder}/")
     if config.quantization:
@@ -168,9 +173,8 @@ def _values(folder: Path, stored: Mapping[str, Stored], say: Say) -> tuple[dict[
         return inside[0], False
     types = Counter(_TYPES.get(tensor.dtype, tensor.dtype) for tensor in stored.values())
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    says = (
-        f"is no PaliGemma's (its model_type is {own.get('model_type')!r})" if own else "is missing"
-    )
+    kind = own.get("model_type", own.get("type"))
+    says = f"is no PaliGemma's ({kind!s:.40})" if own else "is missing"
     try:
         values, _ = deduce_config(shapes, None, types.most_common(1)[0][0] if types else "")
     except NpvlmError as error:
@@ -265,12 +269,25 @@ def _made_files(config: Config) -> dict[str, bytes]:
 
 
 def _with_tokenizer(source: Source, tokenizer: Path) -> dict[str, bytes]:
-    """The small files with another vocabulary, and the tokens that it lacks."""
+    """The small files with another vocabulary, and the tokens that it lacks.
+
+    Raises
+    ------
+    NpvlmError
+        For what is no vocabulary, or that of another model.
+    """
     added = tokens_to_add(tokenizer, source.config)
-    files = {
-        name: content for name, content in source.files.items() if name not in _WITH_A_TOKENIZER
-    }
-    return files | {TOKENIZER: _content(tokenizer), "added_tokens.json": _json(added)}
+    files = {TOKENIZER: _content(tokenizer), "added_tokens.json": _json(added)}
+    with tempfile.TemporaryDirectory() as place:
+        for name, content in files.items():
+            (Path(place) / name).write_bytes(content)
+        try:
+            load_tokenizer(Path(place), source.config)
+        except NpvlmError as error:
+            said = str(error).replace(f"{place}/{TOKENIZER}", str(tokenizer))
+            raise NpvlmError(said.replace(place, str(tokenizer))) from None
+    others = {n: content for n, content in source.files.items() if n not in _WITH_A_TOKENIZER}
+    return others | files
 
 
 def _small_files(folder: Path) -> dict[str, bytes]:
@@ -304,16 +321,6 @@ def _content(file: Path) -> bytes:
 
 def _json(values: Any) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _groups(names: list[str]) -> str:
-    """Tensors by the first two words of their names, and how many each group has."""
-    return _listed(
-        [
-            f"{start} ({n})"
-            for start, n in Counter(".".join(name.split(".")[:2]) for name in names).items()
-        ]
-    )
 
 
 def _listed(names: list[str]) -> str:
