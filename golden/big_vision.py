@@ -1,8 +1,7 @@
 """big_vision's checkpoints and transformers', one made of the other as transformers' scripts do it.
 
 The mapping is that of convert_paligemma_weights_to_hf.py and convert_paligemma2_weights_to_hf.py in
-huggingface/transformers, step by step, and back. What an array means is held by itself: `attended`
-and `gated` compute with it in big_vision's einsums. Nothing of npvlm is used here.
+huggingface/transformers, step by step, and back. Needs no torch; nothing of npvlm is used here.
 
 Axis letters: L layers of a tower · D its width · F its inner width · H, K heads · d their width · V
 vocabulary · P patches · p side of a patch.
@@ -11,13 +10,10 @@ vocabulary · P patches · p side of a patch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 Arrays = dict[str, np.ndarray]
-Tensors = dict[str, torch.Tensor]
 
 TOWER = "vision_tower.vision_model."
 BLOCK = "img/Transformer/encoderblock/"
@@ -25,9 +21,8 @@ ATTENTION = f"{BLOCK}MultiHeadDotProductAttention_0/"
 LAYERS = "llm/layers/"
 
 
-def to_big_vision(tensors: Tensors, heads: int, groups: int, tower_heads: int) -> Arrays:
-    """The arrays of which the scripts make these tensors, which have their published names."""
-    w = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+def to_big_vision(w: Arrays, heads: int, groups: int, tower_heads: int) -> Arrays:
+    """The arrays of which the scripts make these tensors, float32 under their published names."""
     width = w[f"{TOWER}post_layernorm.weight"].shape[0]
     layers = 1 + max(int(n.split(".")[3]) for n in w if n.startswith("language_model.model.layers"))
     blocks = 1 + max(int(n.split(".")[4]) for n in w if n.startswith(f"{TOWER}encoder.layers"))
@@ -93,11 +88,11 @@ def to_big_vision(tensors: Tensors, heads: int, groups: int, tower_heads: int) -
     return found
 
 
-def to_transformers(arrays: Arrays) -> Tensors:
-    """The tensors that the scripts make of these arrays, in float32, under published names."""
+def to_transformers(arrays: Arrays) -> Arrays:
+    """The tensors that the scripts make of these arrays, under their published names."""
     a = {name.removeprefix("params/"): value for name, value in arrays.items()}
     width = a["img/embedding/bias"].shape[0]
-    w: dict[str, Any] = {
+    w = {
         f"{TOWER}embeddings.patch_embedding.weight": a["img/embedding/kernel"].transpose(
             3, 2, 0, 1
         ),
@@ -141,32 +136,7 @@ def to_transformers(arrays: Arrays) -> Tensors:
             attended = a[f"{LAYERS}post_attention_norm/scale"][i]
             w[f"{at}post_attention_layernorm.weight"] = attended
             w[f"{at}post_feedforward_layernorm.weight"] = a[f"{LAYERS}post_ffw_norm/scale"][i]
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in w.items()}
-
-
-def attended(x: torch.Tensor, arrays: Arrays, layer: int) -> list[torch.Tensor]:
-    """Queries, keys and values of a decoder's layer, and the queries mixed again, by its einsums.
-
-    x [T, D] -> [T, H d], [T, K d], [T, K d], [T, D]
-    """
-    q, kv, o = (
-        torch.from_numpy(arrays[f"{LAYERS}attn/{name}_einsum/w"][layer])
-        for name in ("q", "kv", "attn_vec")
-    )
-    queries = torch.einsum("TD,NDH->TNH", x, q)
-    keys, values = torch.einsum("TD,CKDH->CTKH", x, kv)
-    mixed = torch.einsum("TNH,NHD->TD", queries, o)
-    return [queries.flatten(1), keys.flatten(1), values.flatten(1), mixed]
-
-
-def gated(x: torch.Tensor, arrays: Arrays, layer: int) -> torch.Tensor:
-    """A decoder's MLP as big_vision has it: the first half is the gate.
-
-    x [T, D] -> [T, D]
-    """
-    gate, up = torch.from_numpy(arrays[f"{LAYERS}mlp/gating_einsum"][layer])
-    inner = torch.nn.functional.gelu(x @ gate, approximate="tanh") * (x @ up)
-    return inner @ torch.from_numpy(arrays[f"{LAYERS}mlp/linear"][layer])
+    return {name: np.ascontiguousarray(value) for name, value in w.items()}
 
 
 def save(path: Path, arrays: Arrays, dtype: str, prefix: str = "params/") -> None:
@@ -174,8 +144,8 @@ def save(path: Path, arrays: Arrays, dtype: str, prefix: str = "params/") -> Non
     stored = {}
     for name, array in arrays.items():
         if dtype == "bfloat16":
-            bits = torch.from_numpy(np.ascontiguousarray(array)).bfloat16().view(torch.int16)
-            stored[prefix + name] = bits.numpy().view("V2")
+            bits = np.ascontiguousarray(array).view(np.uint32) >> 16  # what is cut off is zero
+            stored[prefix + name] = bits.astype(np.uint16).view("V2")
         else:
             stored[prefix + name] = np.ascontiguousarray(array.astype(dtype))
     np.savez(path, **stored)

@@ -30,6 +30,8 @@ from golden.ours import EVERY
 from npvlm.api import load
 from npvlm.work.convert import convert
 
+Tensors = dict[str, torch.Tensor]
+
 GOLDEN = Path(__file__).resolve().parent
 STORED = GOLDEN / "formats"
 # Soft-caps, window and the scale of scores as an .npz has to be taken to have them.
@@ -78,7 +80,7 @@ def npz_of(folder: Path, recipe: Recipe, path: Path) -> big_vision.Arrays:
     """Write the .npz of which transformers' script makes this checkpoint."""
     text = recipe.text
     arrays = big_vision.to_big_vision(
-        load_file(folder / "model.safetensors"),
+        {n: w.float().numpy() for n, w in load_file(folder / "model.safetensors").items()},
         text["num_attention_heads"],
         text["num_key_value_heads"],
         recipe.vision["num_attention_heads"],
@@ -99,17 +101,46 @@ def check_einsums(folder: Path, arrays: big_vision.Arrays, report: Report) -> No
                 for m in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
             ]
             theirs += [layer.self_attn.o_proj(theirs[0]), layer.mlp(x)]
-        ours = [*big_vision.attended(x, wide, i), big_vision.gated(x, wide, i)]
+        ours = [*attended(x, wide, i), gated(x, wide, i)]
         for a, b in zip(ours, theirs, strict=True):
             report.hold(torch.allclose(a, b, rtol=1e-12, atol=1e-12), f"einsums of layer {i}")
 
 
-def same_tensors(folder: Path, expected: big_vision.Tensors, report: Report, case: str) -> None:
+def attended(x: torch.Tensor, arrays: big_vision.Arrays, layer: int) -> list[torch.Tensor]:
+    """Queries, keys and values of a decoder's layer, and the queries mixed again, by its einsums.
+
+    x [T, D] -> [T, H d], [T, K d], [T, K d], [T, D]
+    """
+    q, kv, o = (
+        torch.from_numpy(arrays[f"{big_vision.LAYERS}attn/{name}_einsum/w"][layer])
+        for name in ("q", "kv", "attn_vec")
+    )
+    queries = torch.einsum("TD,NDH->TNH", x, q)
+    keys, values = torch.einsum("TD,CKDH->CTKH", x, kv)
+    mixed = torch.einsum("TNH,NHD->TD", queries, o)
+    return [queries.flatten(1), keys.flatten(1), values.flatten(1), mixed]
+
+
+def gated(x: torch.Tensor, arrays: big_vision.Arrays, layer: int) -> torch.Tensor:
+    """A decoder's MLP as big_vision has it: the first half is the gate.
+
+    x [T, D] -> [T, D]
+    """
+    gate, up = torch.from_numpy(arrays[f"{big_vision.LAYERS}mlp/gating_einsum"][layer])
+    inner = torch.nn.functional.gelu(x @ gate, approximate="tanh") * (x @ up)
+    return inner @ torch.from_numpy(arrays[f"{big_vision.LAYERS}mlp/linear"][layer])
+
+
+def same_tensors(folder: Path, expected: Tensors, report: Report, case: str) -> None:
     """A folder has these tensors, bit for bit, and no others."""
     found = load_file(folder / "model.safetensors")
     report.hold(set(found) == set(expected), f"{case}: names")
     for name, tensor in expected.items():
         report.hold(torch.equal(found[name].float(), tensor.float()), f"{case}: {name}")
+
+
+def in_torch(arrays: big_vision.Arrays) -> Tensors:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def same_bits(one: Path, other: Path, report: Report, case: str) -> None:
@@ -143,7 +174,7 @@ def check_npz(recipe: Recipe, folder: Path, place: Path, report: Report) -> None
     path = place / f"{recipe.name}.npz"
     arrays = npz_of(folder, recipe, path)
     check_einsums(folder, arrays, report)
-    there_and_back = big_vision.to_transformers(arrays)
+    there_and_back = in_torch(big_vision.to_transformers(arrays))
     original = load_file(folder / "model.safetensors")
     report.hold(
         all(torch.equal(there_and_back[n], original[n].float()) for n in original)
@@ -161,7 +192,7 @@ def check_npz(recipe: Recipe, folder: Path, place: Path, report: Report) -> None
     convert(path, place / "random", "float32", quiet)
     same_tensors(
         place / "random",
-        big_vision.to_transformers(random),
+        in_torch(big_vision.to_transformers(random)),
         report,
         f"{recipe.name}, random arrays",
     )

@@ -112,8 +112,9 @@ class Npz:
 
     def _damaged(self, error: Exception, name: str | None = None) -> NpvlmError:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        what = f"{self.path} is no .npz file" if name is None else f"{self.path}: {name} is damaged"
-        return NpvlmError(f"{what} that can be read ({reason}); copy it again.")
+        if name is None:
+            return NpvlmError(f"{self.path} is no .npz file ({reason}); copy it again.")
+        return NpvlmError(f"{self.path}: {name} cannot be read ({reason}); copy the file again.")
 
 
 def _array(content: Array) -> Array:
