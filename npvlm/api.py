@@ -157,8 +157,8 @@ def find_folder(model: str | Path) -> Path:
     folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
     if file := find_npz(folder):
         raise NpvlmError(
-            f"{file} is a checkpoint of big_vision, expected a folder of safetensors; make one of "
-            f"it once: {convert_command(file)}"
+            f"{file} is an .npz file, expected a folder of safetensors; a checkpoint of big_vision "
+            f"becomes one by {convert_command(file)}"
         )
     try:
         found = folder.is_dir() and str(model) != ""
