@@ -155,7 +155,7 @@ def find_folder(model: str | Path) -> Path:
     """The folder of a model: a bundled one, a checkpoint folder, or one in the hub's cache."""
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
     folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
-    if file := find_npz(folder):
+    if str(model) and (file := find_npz(folder)):
         raise NpvlmError(
             f"{file} is an .npz file, expected a folder of safetensors; a checkpoint of big_vision "
             f"becomes one by {convert_command(file)}"

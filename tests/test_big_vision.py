@@ -131,7 +131,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         place = tmp_path_factory.mktemp(name)
         shutil.copy(FORMATS / f"{name}.npz", place)
         shutil.copy(FORMATS / f"{name}.tokenizer.model", place / "paligemma_tokenizer.model")
-        convert(place / f"{name}.npz", place / "new", "float32", quiet)
+        convert(place / f"{name}.npz", place / "new", None, quiet)
         found[name] = place / "new"
     return found
 
@@ -165,7 +165,7 @@ def test_tensors_are_those_of_transformers_script_bit_for_bit(
     tmp_path: Path, family: str, dtype: str, prefix: str
 ) -> None:
     arrays = saved(tmp_path / "x.npz", family, dtype, prefix)
-    convert(tmp_path / "x.npz", tmp_path / "new", "float32", quiet)
+    convert(tmp_path / "x.npz", tmp_path / "new", None, quiet)
     found, expected = opened(tmp_path / "new"), oracle.to_transformers(arrays)
     assert set(found) == set(expected)
     for name, weight in found.items():
@@ -356,7 +356,7 @@ def test_sizes_that_are_not_published_are_said_and_their_scale_follows_from_the_
 ) -> None:
     saved(tmp_path / "x.npz")
     said: list[str] = []
-    convert(tmp_path / "x.npz", tmp_path / "new", "float32", quiet, say=said.append)
+    convert(tmp_path / "x.npz", tmp_path / "new", None, quiet, say=said.append)
     assert any("no published decoder has these sizes" in line for line in said)
     text = read_config(tmp_path / "new").text_config
     assert (text.query_pre_attn_scalar, text.head_dim) == (8, 8)
@@ -367,7 +367,7 @@ def test_sizes_that_are_not_published_are_said_and_their_scale_follows_from_the_
 def test_the_rows_that_the_table_lacks_are_said(tmp_path: Path) -> None:
     saved(tmp_path / "x.npz")
     said: list[str] = []
-    convert(tmp_path / "x.npz", tmp_path / "new", "float32", quiet, say=said.append)
+    convert(tmp_path / "x.npz", tmp_path / "new", None, quiet, say=said.append)
     assert any("has 297 rows: none for <image> (297), which is never looked up" in s for s in said)
     config = read_config(tmp_path / "new")
     assert config.image_token_index == config.text_config.vocab_size == 297
@@ -378,7 +378,7 @@ def test_other_trees_of_the_file_are_left_out_and_said(tmp_path: Path) -> None:
     arrays = {f"params/{n}": a for n, a in arrays_of("gemma").items()}
     others = {f"opt/0/mu/{n}": a[:1] for n, a in arrays_of("gemma").items()}
     np.savez(path, **arrays, **others, **{"params/t": np.ones(1), "chrono/steps": np.array([7])})
-    convert(path, tmp_path / "new", "float32", quiet, say=said.append)
+    convert(path, tmp_path / "new", None, quiet, say=said.append)
     [line] = [line for line in said if "left out" in line]
     assert f"opt ({len(others)}), t (1), chrono (1)" in line
     expected = oracle.to_transformers(arrays)
@@ -405,7 +405,7 @@ def place_with(folder: Path, *tokenizers: str) -> Path:
 @pytest.mark.parametrize("name", ["tokenizer.model", "paligemma_tokenizer.model"])
 def test_the_tokenizer_beside_the_file_comes_along(tmp_path: Path, name: str) -> None:
     source = place_with(tmp_path / "downloads", name)
-    convert(source, tmp_path / "new", "float32", quiet)
+    convert(source, tmp_path / "new", None, quiet)
     expected = (FORMATS / "bv1.tokenizer.model").read_bytes()
     assert (tmp_path / "new/tokenizer.model").read_bytes() == expected
     assert json.loads((tmp_path / "new/added_tokens.json").read_text()) == {"<image>": 331}
@@ -415,7 +415,7 @@ def test_the_tokenizer_beside_the_file_comes_along(tmp_path: Path, name: str) ->
 def test_without_a_tokenizer_it_is_said_how_to_add_one(tmp_path: Path) -> None:
     said: list[str] = []
     source = place_with(tmp_path / "downloads")
-    convert(source, tmp_path / "new", "float32", quiet, say=said.append)
+    convert(source, tmp_path / "new", None, quiet, say=said.append)
     [line] = [line for line in said if "--tokenizer" in line]
     assert "paligemma_tokenizer.model" in line and "as tokenizer.model" in line
     shutil.copy(FORMATS / "bv1.tokenizer.model", tmp_path / "new/tokenizer.model")
@@ -428,12 +428,12 @@ def test_the_tokenizer_of_another_model_is_refused_by_its_name_before_anything_i
     source, other = place_with(tmp_path / "downloads"), tmp_path / "other.model"
     shutil.copy(GOLDEN / "pg1/tokenizer.model", other)
     with pytest.raises(NpvlmError, match=rf"{other} has 397 pieces, expected at most 331"):
-        convert(source, tmp_path / "new", "float32", quiet, tokenizer=other)
+        convert(source, tmp_path / "new", None, quiet, tokenizer=other)
     other.write_text("no vocabulary")
     with pytest.raises(NpvlmError, match=f"{other} is no SentencePiece model"):
-        convert(source, tmp_path / "new", "float32", quiet, tokenizer=other)
+        convert(source, tmp_path / "new", None, quiet, tokenizer=other)
     with pytest.raises(NpvlmError, match=r"absent is no file"):
-        convert(source, tmp_path / "new", "float32", quiet, tokenizer=tmp_path / "absent")
+        convert(source, tmp_path / "new", None, quiet, tokenizer=tmp_path / "absent")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["downloads", "other.model"]
 
 
@@ -480,6 +480,13 @@ def test_arrays_that_make_no_paligemma_are_named(tmp_path: Path, change: Change,
     assert re.search(says, said), said
 
 
+def test_more_layers_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    shapes = {n: a.shape for n, a in arrays_of("gemma").items()}
+    many = {n: (70_000, *s[1:]) if n.startswith(_LAYERS) else s for n, s in shapes.items()}
+    zeros(tmp_path / "x.npz", many)
+    assert "has 70000 layers, expected at most 1000" in refusal(tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize("dtype", [">f4", "<f8", "<i4", "<c8", "|b1", "|V4", "|S2", "|u1"])
 def test_numbers_of_other_types_are_refused(tmp_path: Path, dtype: str) -> None:
     arrays = {f"params/{n}": a for n, a in arrays_of("gemma").items()}
@@ -504,7 +511,7 @@ def test_a_damaged_file_leaves_nothing_behind(tmp_path: Path) -> None:
     for changed in (whole[:-1], whole[: len(whole) // 2], whole[:30_000] + b"x" + whole[30_001:]):
         source.write_bytes(changed)
         with pytest.raises(NpvlmError, match="copy"):
-            convert(source, tmp_path / "new", "float32", quiet)
+            convert(source, tmp_path / "new", None, quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["downloads"]
 
 
@@ -513,7 +520,7 @@ def test_numbers_that_are_none_are_refused_by_the_name_of_the_tensor(tmp_path: P
     arrays[f"{_LAYERS}mlp/linear"][1, 3, 4] = np.nan
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(NpvlmError, match=r"layers\.1\.mlp\.down_proj\.weight holds inf or nan"):
-        convert(tmp_path / "x.npz", tmp_path / "new", "float32", quiet)
+        convert(tmp_path / "x.npz", tmp_path / "new", None, quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
 
 
@@ -526,7 +533,7 @@ def test_memory_holds_a_few_blocks_however_large_an_array_is(tmp_path: Path) -> 
         shapes[GATES], shapes[f"{_LAYERS}mlp/linear"] = (3, 2, 14, inner), (3, inner, 14)
         zeros(tmp_path / f"{inner}.npz", shapes, sums=True)
         tracemalloc.start()
-        convert(tmp_path / f"{inner}.npz", tmp_path / f"new-{inner}", "float32", quiet)
+        convert(tmp_path / f"{inner}.npz", tmp_path / f"new-{inner}", None, quiet)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert max(peaks) < 12e6
@@ -557,17 +564,17 @@ def test_the_command_takes_a_folder_with_one_file_and_refuses_one_with_two(tmp_p
     shutil.copy(source, source.parent / "pt_448.npz")
     result = run("convert", source.parent, tmp_path / "again")
     assert result.returncode == 3
-    assert "holds 2 checkpoints (pt_224.bf16.npz, pt_448.npz); name one" in one_line(result)
+    assert "holds 2 .npz files (pt_224.bf16.npz, pt_448.npz); name one" in one_line(result)
 
 
 def test_a_folder_that_holds_the_new_one_is_no_obstacle_and_the_file_itself_is(
     tmp_path: Path,
 ) -> None:
     source = place_with(tmp_path / "downloads", "tokenizer.model")
-    convert(source, source.parent / "pt_224", "float32", quiet)
+    convert(source, source.parent / "pt_224", None, quiet)
     npvlm.load(source.parent / "pt_224")
     with pytest.raises(UsageError, match="is there already"):
-        convert(source, source, "float32", quiet)
+        convert(source, source, None, quiet)
 
 
 def test_the_mask_decoder_s_file_is_no_checkpoint(tmp_path: Path) -> None:

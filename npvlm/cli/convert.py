@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from npvlm.cli.options import say_when_compiling
-from npvlm.config import PRECISIONS
 
 
 @click.command()
@@ -17,11 +16,9 @@ from npvlm.config import PRECISIONS
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option(
     "--precision",
-    type=click.Choice(PRECISIONS),
-    default="float32",
-    show_default=True,
-    help="float32: weights as they are stored. bfloat16: an ordinary checkpoint. int8, int4: "
-    "packed, for npvlm alone.",
+    type=click.Choice(["bfloat16", "int8", "int4"]),
+    help="bfloat16: an ordinary checkpoint. int8, int4: packed, for npvlm alone.  [default: as "
+    "weights are stored]",
 )
 @click.option(
     "--tokenizer",
@@ -38,7 +35,7 @@ from npvlm.config import PRECISIONS
 def convert(
     source: str,
     destination: Path,
-    precision: str,
+    precision: str | None,
     tokenizer: Path | None,
     image_size: int | None,
 ) -> None:

@@ -32,6 +32,7 @@ _PARAMS = "params/"
 _TABLE = "llm/embedder/input_embedding"
 _TYPES = {"<f4": "float32", "<f2": "float16", "|V2": "bfloat16", "<u2": "bfloat16"}
 _STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_MOST_LAYERS = 1000
 _LISTED = 6
 
 
@@ -184,7 +185,7 @@ def find_npz(place: Path) -> Path | None:
         return None
     if len(found) > 1:
         names = [file.name for file in found]
-        raise NpvlmError(f"{place} holds {len(found)} checkpoints ({_listed(names)}); name one.")
+        raise NpvlmError(f"{place} holds {len(found)} .npz files ({_listed(names)}); name one.")
     return found[0] if found else None
 
 
@@ -270,6 +271,9 @@ def _sizes(
                 f"{path}: {prefix}{place.array} is {list(shape)}, expected [{expected}] as in the "
                 "other arrays"
             )
+    layers = max(sizes["L"], sizes["B"])
+    if layers > _MOST_LAYERS:
+        raise NpvlmError(f"{path} has {layers} layers, expected at most {_MOST_LAYERS}")
     if sizes["p"] != sizes["q"] or sizes["h"] * sizes["e"] != sizes["I"] or sizes["d"] % 2:
         raise NpvlmError(
             f"{path}: patches of {sizes['p']} x {sizes['q']}, {sizes['h']} heads of {sizes['e']} "

@@ -178,7 +178,7 @@ def left_out(folder: Path) -> str | None:
         return None
     groups = Counter(".".join(name.split(".")[:2]) for name in left)
     what = _listed([f"{group} ({count})" for group, count in groups.items()])
-    beside = f"; {len(left)} tensors beside it are left out: {what}" if left else ""
+    beside = f"; what stands beside it is left out: {what}" if left else ""
     return f"the PaliGemma under {start.removesuffix('.')} is taken{beside}."
 
 

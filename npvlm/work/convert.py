@@ -28,7 +28,7 @@ Progress = Callable[[int, int, int, int], None]
 def convert(
     model: str | Path,
     destination: Path,
-    precision: str,
+    precision: str | None,
     progress: Progress,
     *,
     tokenizer: Path | None = None,
@@ -43,7 +43,7 @@ def convert(
     ----------
     model : the name of a bundled model, or a source as `open_source` takes it
     destination : a folder that is not there yet, or an empty one
-    precision : "float32" (weights as they are stored), "bfloat16", "int8" or "int4"
+    precision : "bfloat16", "int8" or "int4"; None keeps the types that weights are stored in
     progress : told before every block and at the end: weights done, weights in all, bytes
         written, bytes in all
     tokenizer, image_size, say : as for `open_source`
@@ -91,7 +91,7 @@ def convert(
         open_checkpoint(draft, parse_config(values))
 
 
-def _tensors(name: str, weight: Rows, precision: str) -> dict[str, Tensor]:
+def _tensors(name: str, weight: Rows, precision: str | None) -> dict[str, Tensor]:
     """The tensors that a weight becomes, its own name first."""
     shape = weight.shape
     if kind := packing(name, shape, precision):
@@ -104,7 +104,9 @@ def _tensors(name: str, weight: Rows, precision: str) -> dict[str, Tensor]:
     return {name: Tensor("F16" if dtype == np.float16 else "F32", shape)}
 
 
-def _pieces(name: str, weight: Rows, precision: str) -> Iterator[tuple[int, tuple[Array, ...]]]:
+def _pieces(
+    name: str, weight: Rows, precision: str | None
+) -> Iterator[tuple[int, tuple[Array, ...]]]:
     """What a weight becomes, a few rows at a time: the first row, and each tensor's part."""
     kind = packing(name, weight.shape, precision)
     for rows in blocks_of(weight):
@@ -122,12 +124,12 @@ def _pieces(name: str, weight: Rows, precision: str) -> Iterator[tuple[int, tupl
             yield rows.start, (block,)
 
 
-def _config(values: dict[str, Any], precision: str) -> Values:
+def _config(values: dict[str, Any], precision: str | None) -> Values:
     """The config.json of what is written: a type of weights, or how they are packed."""
     if precision in PACKED:
         entry = {"format": "npvlm", "version": FORMAT_VERSION, "precision": precision}
         return values | {"quantization": entry}
-    if precision == "float32":  # as they are stored
+    if precision is None:
         return values
     if "dtype" not in values:
         values = values | {"torch_dtype": precision}

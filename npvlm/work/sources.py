@@ -101,6 +101,7 @@ def open_source(place: Path, tokenizer: Path | None, image_size: int | None, say
     else:
         source = _npz(place, say)
         tokenizer = tokenizer or _tokenizer_beside(place, say)
+    _say_rows(source.config, say)
     if tokenizer is not None:
         source = replace(source, files=_with_tokenizer(source, tokenizer))
     return source if image_size is None else _resampled(source, image_size)
@@ -120,7 +121,6 @@ def _npz(file: Path, say: Say) -> Source:
     say(f"{file.name} is read once to see that it is whole.")
     found.npz.check(found.arrays)
     config = parse_config(found.config, None, f"{file}: ")
-    _say_rows(config, say)
     files = _made_files(config) | _mask_decoder(file.parent)
     return Source(found.config, config, found.weights, files)
 
@@ -155,7 +155,6 @@ def _folder(folder: Path, resampled: bool, say: Say) -> Source:
     fitted, files = fit_rows(config, stored), _small_files(folder)
     if fitted != config:
         values, config = _with_rows(values, fitted.text_config.vocab_size), fitted
-        _say_rows(config, say)
     if not own:
         files = _made_files(config) | files
     return Source(values, config, weights, files)
