@@ -189,6 +189,13 @@ def test_two_arrays_of_one_name_are_refused(tmp_path: Path) -> None:
         Npz(path)
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "x" * 501])
+def test_names_that_cannot_be_printed_are_refused(tmp_path: Path, name: str) -> None:
+    path = packed(tmp_path / "x.npz", head(HEADS["too few numbers"]), f"{name}.npy")
+    with pytest.raises(NpvlmError, match="an array whose name is none that could be printed"):
+        Npz(path)
+
+
 def test_what_is_no_file_or_no_zip_is_refused(tmp_path: Path) -> None:
     for path, says in ((tmp_path / "absent.npz", "cannot be read"), (tmp_path, "cannot be read")):
         with pytest.raises(NpvlmError, match=says):

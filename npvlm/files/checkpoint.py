@@ -50,6 +50,7 @@ OTHER_FORMATS = (
 )
 _POINTER = b"version https://git-lfs"
 _LISTED = 3
+_LONGEST = 80  # characters of a name in a message
 _KINDS = 60  # tensors named in a message, those of several layers counted once
 _NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.|$)")
 
@@ -177,9 +178,14 @@ def left_out(folder: Path) -> str | None:
     if not start:
         return None
     groups = Counter(".".join(name.split(".")[:2]) for name in left)
-    what = _listed([f"{group} ({count})" for group, count in groups.items()])
+    what = _listed([f"{_shown(group)} ({count})" for group, count in groups.items()])
     beside = f"; what stands beside it is left out: {what}" if left else ""
-    return f"the PaliGemma under {start.removesuffix('.')} is taken{beside}."
+    return f"the PaliGemma under {_shown(start.removesuffix('.'))} is taken{beside}."
+
+
+def _shown(name: str) -> str:
+    """A name as it can stand in a line."""
+    return name[:_LONGEST] if name.isprintable() else repr(name[:_LONGEST])
 
 
 def _prefix(tensors: list[Stored]) -> str:

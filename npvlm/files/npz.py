@@ -22,6 +22,7 @@ LARGEST_UNPACKED = 2**28  # bytes of a compressed array, which has to be unpacke
 _HEAD = 2**14  # bytes that hold the head of any array that NumPy would read
 _LOCAL = struct.Struct("<4s22xHH")  # what a member begins with: mark, lengths of name and extra
 _CHUNK = 2**20
+_LONGEST_NAME = 500
 
 
 class Npz:
@@ -46,6 +47,8 @@ class Npz:
         self._members = {m.filename.replace("\\", "/").removesuffix(".npy"): m for m in members}
         if len(self._members) < len(members):
             raise NpvlmError(f"{path} has two arrays of one name, expected one; copy it again.")
+        if not all(name.isprintable() and len(name) <= _LONGEST_NAME for name in self._members):
+            raise NpvlmError(f"{path} has an array whose name is none that could be printed.")
 
     @property
     def names(self) -> list[str]:

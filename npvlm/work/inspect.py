@@ -346,9 +346,7 @@ def _layout(tensors: list[Stored]) -> str:
     if start:
         words.append(f"under {start.removesuffix('.')}")
     if left:
-        words.append(
-            f"{len(left)} tensors beside them that are no part of a PaliGemma are left out"
-        )
+        words.append(f"beside tensors that are no part of a PaliGemma ({len(left)})")
     return ", ".join(words)
 
 

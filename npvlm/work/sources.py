@@ -173,7 +173,7 @@ def _values(folder: Path, stored: Mapping[str, Stored], say: Say) -> tuple[dict[
     types = Counter(_TYPES.get(tensor.dtype, tensor.dtype) for tensor in stored.values())
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     kind = own.get("model_type", own.get("type"))
-    says = f"is no PaliGemma's ({kind!s:.40})" if own else "is missing"
+    says = f"is no PaliGemma's ({kind!r:.40})" if own else "is missing"
     try:
         values, _ = deduce_config(shapes, None, types.most_common(1)[0][0] if types else "")
     except NpvlmError as error:
@@ -200,7 +200,7 @@ def _say_rows(config: Config, say: Say) -> None:
 def _with_rows(values: Values, rows: int) -> dict[str, Any]:
     """The contents of config.json for a vocabulary of so many rows."""
     changed = copy.deepcopy(dict(values))
-    changed.setdefault("text_config", {})["vocab_size"] = rows
+    _part(changed, "text_config")["vocab_size"] = rows
     if "vocab_size" in changed:
         changed["vocab_size"] = rows
     return changed
@@ -221,13 +221,20 @@ def _resampled(source: Source, image_size: int) -> Source:
     if len(table) != side * side:
         weights[POSITIONS] = resample_positions(table, side)
     values = copy.deepcopy(source.values)
-    if "vision_config" not in values:
-        raise NpvlmError("config.json has no vision_config, expected one that says image_size.")
-    values["vision_config"]["image_size"] = image_size
-    for part in (values["vision_config"], values.get("text_config", {})):
+    vision, text = _part(values, "vision_config"), values.get("text_config") or {}
+    vision["image_size"] = image_size
+    for part in (vision, text):
         if "num_image_tokens" in part:
             part["num_image_tokens"] = side * side
     return Source(values, _sized(source.config, side), weights, _sized_files(source, image_size))
+
+
+def _part(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of config.json that is to be changed; left out, it would mean another one."""
+    part = values.get(name)
+    if not isinstance(part, dict):
+        raise NpvlmError(f"config.json has no {name}, expected one; write it out in full.")
+    return part
 
 
 def _sized(config: Config, side: int) -> Config:
@@ -247,7 +254,7 @@ def _sized_files(source: Source, image_size: int) -> dict[str, bytes]:
     ):
         if name not in files:
             continue
-        values = json.loads(files[name])
+        values = _object(name, files[name])
         settings = values if part is None else values.get(part)
         if not isinstance(settings, dict):
             continue
@@ -257,6 +264,16 @@ def _sized_files(source: Source, image_size: int) -> dict[str, bytes]:
             settings["image_seq_length"] = new["image_seq_length"]
         files[name] = _json(values)
     return files if found else files | {"preprocessor_config.json": _json(new)}
+
+
+def _object(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise NpvlmError(f"{name} is no JSON object; copy it again.")
+    return values
 
 
 def _made_files(config: Config) -> dict[str, bytes]:
@@ -275,6 +292,8 @@ def _with_tokenizer(source: Source, tokenizer: Path) -> dict[str, bytes]:
     NpvlmError
         For what is no vocabulary, or that of another model.
     """
+    if tokenizer.is_file() and tokenizer.stat().st_size > LARGEST_COPIED:
+        raise NpvlmError(f"{tokenizer} is too large for a SentencePiece model.")
     added = tokens_to_add(tokenizer, source.config)
     files = {TOKENIZER: _content(tokenizer), "added_tokens.json": _json(added)}
     with tempfile.TemporaryDirectory() as place:
