@@ -358,6 +358,7 @@ def test_sizes_that_are_not_published_are_said_and_their_scale_follows_from_the_
     said: list[str] = []
     convert(tmp_path / "x.npz", tmp_path / "new", None, quiet, say=said.append)
     assert any("no published decoder has these sizes" in line for line in said)
+    assert any("does not tell the soft-caps: those of Google" in line for line in said)
     text = read_config(tmp_path / "new").text_config
     assert (text.query_pre_attn_scalar, text.head_dim) == (8, 8)
     assert (text.attn_logit_softcapping, text.final_logit_softcapping) == (50, 30)

@@ -113,11 +113,17 @@ def _npz(file: Path, say: Say) -> Source:
     if found.others:
         what = _listed([f"{name} ({count})" for name, count in found.others.items()])
         say(f"arrays that are no weights of a PaliGemma are left out: {what}.")
-    if not found.known:
+    text = found.config["text_config"]
+    if text["model_type"] == "gemma2":
         say(
-            "no published decoder has these sizes: soft-caps, window and the scale of the scores "
-            "are not in the file, and are set as Google's are."
+            "an .npz does not tell the soft-caps: those of Google's pretrained models are set; a "
+            "model that was tuned without them needs null in their place in config.json."
         )
+        if not found.known:
+            say(
+                "no published decoder has these sizes: the scale of the scores is taken from the "
+                f"width of a head (query_pre_attn_scalar {text['query_pre_attn_scalar']})."
+            )
     say(f"{file.name} is read once to see that it is whole.")
     found.npz.check(found.arrays)
     config = parse_config(found.config, None, f"{file}: ")
