@@ -6,7 +6,7 @@ the axes of their einsum. A published tensor is a view of one array whose axes c
 Axis letters: L layers of the decoder · D its hidden_size · F its intermediate_size · H query heads
 · K key/value heads · d head_dim · V rows of the table · B layers of the tower · I its hidden_size ·
 E its intermediate_size · h its heads · e their width · P patches · p, q sides of a patch · c
-colours · 1, 2 and 3 axes of that many.
+colours · 1 and 2 axes of that many.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def open_big_vision(path: Path) -> BigVision:
     places = _tower() | _decoder(gemma2)
     needed = dict.fromkeys(prefix + place.array for place in places.values())
     inside = [n for n in names if n.startswith((f"{prefix}img/", f"{prefix}llm/"))]
-    missing = [name for name in needed if name not in set(names)]
+    missing = sorted(set(needed) - set(names))
     unexpected = [name for name in inside if name not in needed]
     if missing or unexpected:
         kinds = (("missing", missing), ("unexpected", unexpected))
