@@ -55,7 +55,8 @@ from npvlm.decoding.score import score
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files import hub
 from npvlm.files.adapters import Adapter, open_adapter
-from npvlm.files.checkpoint import open_checkpoint
+from npvlm.files.big_vision import convert_command, find_npz
+from npvlm.files.checkpoint import fit_rows, open_checkpoint
 from npvlm.files.links import refuse_links_out
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.memory import check_memory
@@ -151,6 +152,9 @@ def open_model(
     preprocessor = read_preprocessor(folder, config)
     opened = open_adapter(Path(adapter).expanduser()) if adapter is not None else None
     weights, precision, namespace = open_weights(folder, config, precision, ops, opened)
+    fitted = fit_rows(config, weights)
+    if fitted != config:
+        config, tokenizer = fitted, load_tokenizer(folder, fitted)
     read = tokenizer, preprocessor
     return Model(str(model), folder, config, weights, *read, precision, namespace, opened)
 
@@ -202,6 +206,11 @@ def find_folder(model: str | Path) -> Path:
     """
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
     folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
+    if str(model) and (file := find_npz(folder)):
+        raise NpvlmError(
+            f"{file} is an .npz file, expected a folder of safetensors; a checkpoint of big_vision "
+            f"becomes one by {convert_command(file)}"
+        )
     try:
         found = folder.is_dir() and str(model) != ""
     except OSError:  # a name too long for a file

@@ -387,7 +387,10 @@ def _other_model(file: str, values: Values) -> NpvlmError:
     if any(isinstance(name, str) and name.lower().startswith("col") for name in names):
         runs = "of the models that find pages, npvlm runs ColPali alone, which is a PaliGemma"
     else:
-        runs = "npvlm runs PaliGemma and PaliGemma 2 only"
+        runs = (
+            "npvlm runs PaliGemma and PaliGemma 2 only (`npvlm convert` takes one out of another "
+            "model)"
+        )
     return NpvlmError(f"{file} is {kind}, expected paligemma; {runs}")
 
 

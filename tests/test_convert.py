@@ -587,8 +587,8 @@ def test_the_command_writes_a_folder_and_says_so_on_stderr(tmp_path: Path) -> No
 
 def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     for arguments, code in (
-        (["shapes", tmp_path, "--precision", "float32"], 2),
-        (["shapes", tmp_path], 2),
+        (["shapes", tmp_path, "--precision", "int3"], 2),
+        (["shapes"], 2),
         (["shapes", SHAPES, "--precision", "int8"], 2),
         (["absent", tmp_path / "new", "--precision", "int8"], 3),
     ):

@@ -139,13 +139,13 @@ def test_a_damaged_mask_decoder_is_named(tmp_path: Path) -> None:
     path = tmp_path / "vae-oid.npz"
     for content in (b"", b"no archive", b"PK\x03\x04 half of one"):
         path.write_bytes(content)
-        with pytest.raises(NpvlmError, match="no mask decoder that can be read"):
+        with pytest.raises(NpvlmError, match=r"is no \.npz file"):
             open_mask_decoder(path)
     arrays = as_arrays()
     whole = tmp_path / "whole.npz"
     np.savez(whole, **arrays)
     path.write_bytes(whole.read_bytes()[:-1000])
-    with pytest.raises(NpvlmError, match="no mask decoder that can be read"):
+    with pytest.raises(NpvlmError, match=r"is no \.npz file"):
         open_mask_decoder(path)
     for at in range(0, len(whole.read_bytes()), 400_001):
         content = bytearray(whole.read_bytes())
@@ -206,7 +206,9 @@ def test_an_array_that_is_not_what_its_header_says_is_refused_unread(
 ) -> None:
     packed(tmp_path / "vae-oid.npz", member)
     tracemalloc.start()
-    with pytest.raises(NpvlmError, match="no mask decoder that can be read"):
+    with pytest.raises(
+        NpvlmError, match=r"decoder\.4\.bias (cannot be read|is .*, expected an array)"
+    ):
         open_mask_decoder(tmp_path / "vae-oid.npz")
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()

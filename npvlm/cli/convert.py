@@ -17,31 +17,61 @@ from npvlm.cli.options import adapter_option, say_other_base, say_when_compiling
 @click.option(
     "--precision",
     type=click.Choice(["bfloat16", "int8", "int4"]),
-    help="bfloat16: an ordinary checkpoint. int8, int4: packed, for npvlm alone. May be left out "
-    "with --adapter: then weights keep their types.",
+    help="bfloat16: an ordinary checkpoint. int8, int4: packed, for npvlm alone.  [default: as "
+    "weights are stored]",
 )
 @adapter_option
-def convert(source: str, destination: Path, precision: str | None, adapter: Path | None) -> None:
-    """Write the checkpoint SRC again as DST, with smaller weights or an adapter merged into them.
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The tokenizer.model to put into DST.  [default: that of SRC]",
+)
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1, max=100_000),
+    metavar="N",
+    help="Make the model one for pictures of N x N pixels, its positions resampled.",
+)
+def convert(
+    source: str,
+    destination: Path,
+    precision: str | None,
+    adapter: Path | None,
+    tokenizer: Path | None,
+    image_size: int | None,
+) -> None:
+    """Write the checkpoint SRC as DST: as published, with smaller weights or an adapter merged.
 
-    SRC is any model; DST is a new or an empty folder, which appears when it is whole.
+    SRC is any model; an .npz file of big_vision; or a folder with a PaliGemma inside another model,
+    or with another model's config.json. DST is a new or an empty folder, which appears when it is
+    whole.
 
     \b
     npvlm convert paligemma-3b-mix-224 small --precision int8
     npvlm convert paligemma-3b-pt-224 mine --adapter lora --precision bfloat16
+    npvlm convert pt_224.bf16.npz pt-224 --tokenizer paligemma_tokenizer.model
+    npvlm convert paligemma-3b-pt-224 pt-336 --image-size 336
     """
-    if precision is None and adapter is None:
-        raise click.UsageError("nothing would change: name a --precision, an --adapter or both.")
-    from npvlm.api import find_folder
     from npvlm.files.adapters import open_adapter
     from npvlm.work.convert import convert as run
+    from npvlm.work.sources import locate
 
     say_when_compiling()
     if adapter is not None:
-        say_other_base(open_adapter(adapter.expanduser()), source, find_folder(source))
+        say_other_base(open_adapter(adapter.expanduser()), source, locate(source))
     progress = Progress()
     try:
-        run(source, destination, precision, progress, adapter)
+        run(
+            source,
+            destination,
+            precision,
+            progress,
+            adapter,
+            tokenizer=tokenizer,
+            image_size=image_size,
+            say=lambda what: click.echo(f"npvlm: {what}", err=True),
+        )
     finally:
         progress.end_line()
     click.echo(f"{destination} is written.", err=True)

@@ -13,9 +13,10 @@ import click
 def inspect(model: str, as_json: bool) -> int:
     """Say what MODEL is and holds, also where it cannot be loaded.
 
-    MODEL is a bundled model or a folder. Family, sizes, files, tensors that are missing, unexpected
-    or misshapen, tokenizer, the memory that each precision takes, and what it was likely trained
-    for. No weight is read. Of an adapter: what it changes, its rank and its base.
+    MODEL is a bundled model, a folder, or an .npz file of big_vision. Family, sizes, files, tensors
+    that are missing, unexpected or misshapen, tokenizer, the memory that each precision takes, and
+    what it was likely trained for. No weight is read. Of an adapter: what it changes, its rank and
+    its base.
 
     \b
     npvlm inspect shapes
@@ -23,14 +24,14 @@ def inspect(model: str, as_json: bool) -> int:
 
     Exit codes: 0 it would load, 1 it would not (and why), 3 there is no such folder.
     """
-    from npvlm.api import find_folder
     from npvlm.files.adapters import is_adapter
     from npvlm.work.inspect import inspect as run
     from npvlm.work.inspect_adapter import adapter_page, inspect_adapter
     from npvlm.work.inspect_page import page
+    from npvlm.work.sources import locate
 
-    if is_adapter(find_folder(model)):
-        beside = inspect_adapter(find_folder(model))
+    if is_adapter(place := locate(model)):
+        beside = inspect_adapter(place)
         click.echo(json.dumps(beside.to_dict()) if as_json else adapter_page(beside))
         return 0 if beside.refusal is None else 1
     found = run(model)

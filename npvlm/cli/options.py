@@ -151,6 +151,7 @@ def open_model(
     """Load a model; what takes a while the first time is said, unless it is to be quiet."""
     from npvlm.api import find_folder, load
     from npvlm.errors import NpvlmError
+    from npvlm.files.checkpoint import left_out
 
     try:
         find_folder(model)
@@ -166,6 +167,8 @@ def open_model(
     opened = load(model, precision, ops, adapter)
     if not quiet:
         _say_when_crowded(opened)
+        if left := left_out(opened.folder):
+            click.echo(f"npvlm: {left}", err=True)
         if opened.adapter:
             say_other_base(opened.adapter, model, opened.folder)
     return opened

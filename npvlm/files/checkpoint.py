@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ from npvlm.files.names import (
     Shapes,
     canonical_name,
     expected_shapes,
+    prefixes,
 )
 from npvlm.files.packed import join_parts, packing, part_names, part_tensors
 from npvlm.model.weights import Array, BFloat16, Weight
@@ -149,16 +152,67 @@ def open_checkpoint(folder: Path, config: Config) -> dict[str, Weight]:
 
 
 def by_name(tensors: Iterable[Stored]) -> dict[str, Stored]:
-    """Tensors under their published names; one that is there twice is refused."""
+    """Tensors under their published names; one that is there twice is refused.
+
+    Where all that a PaliGemma has stands under one prefix, what stands outside it is left out.
+    """
+    tensors = list(tensors)
+    start = _prefix(tensors)
     stored: dict[str, Stored] = {}
     for tensor in tensors:
-        name = canonical_name(tensor.name)
+        if not tensor.name.startswith(start):
+            continue
+        name = canonical_name(tensor.name[len(start) :])
         if name.endswith(".position_ids"):  # a constant 0, 1, 2, ... that old releases saved
             continue
         if name in stored:
             raise _twice(stored[name], tensor)
         stored[name] = tensor
     return stored
+
+
+def outside(tensors: Iterable[Stored]) -> tuple[str, list[str]]:
+    """The prefix of a PaliGemma that is part of another model, and the tensors outside it."""
+    tensors = list(tensors)
+    start = _prefix(tensors)
+    return start, [tensor.name for tensor in tensors if not tensor.name.startswith(start)]
+
+
+def left_out(folder: Path) -> str | None:
+    """Say which tensors of a folder are no part of its PaliGemma, if any are not."""
+    tensors = [tensor for file in checkpoint_files(folder) for tensor in read_header(file)]
+    start, left = outside(tensors)
+    if not start:
+        return None
+    groups = Counter(".".join(name.split(".")[:2]) for name in left)
+    what = listed([f"{_cut(group)} ({count})" for group, count in groups.items()])
+    beside = f"; what stands beside it is left out: {what}" if left else ""
+    return f"the PaliGemma under {_cut(start.removesuffix('.'))} is taken{beside}."
+
+
+def _prefix(tensors: list[Stored]) -> str:
+    """What stands before the names of all that a PaliGemma has."""
+    found = prefixes(tensor.name for tensor in tensors)
+    if len(found) > 1:
+        starts = listed(repr(start[:_NAMED]) for start in found)
+        raise NpvlmError(
+            f"{tensors[0].file.parent} holds {len(found)} PaliGemmas, under {starts}, "
+            "expected one; keep the files of one"
+        )
+    return found[0] if found else ""
+
+
+def fit_rows(config: Config, stored: Mapping[str, Any]) -> Config:
+    """A config whose vocabulary is as long as the table, if that has all but untrained rows.
+
+    Tables made from the original have no row for `<image>`, which is never looked up, and none of
+    those behind it, which stand in the published files to make their number a multiple of 64.
+    """
+    table = stored.get(EMBED_TOKENS, stored.get(LM_HEAD))
+    rows = 0 if table is None else table.shape[0]
+    if not config.image_token_index <= rows < config.text_config.vocab_size:
+        return config
+    return replace(config, text_config=replace(config.text_config, vocab_size=rows))
 
 
 def find_differences(stored: Mapping[str, Stored], config: Config) -> Differences:
@@ -169,7 +223,7 @@ def find_differences(stored: Mapping[str, Stored], config: Config) -> Difference
 
 def _tie_tables(stored: Mapping[str, Stored], config: Config) -> tuple[dict[str, Stored], Shapes]:
     """The tensors, one serving as both tables where it has to, and the shapes there must be."""
-    stored, shapes = dict(stored), expected_shapes(config)
+    stored, shapes = dict(stored), expected_shapes(fit_rows(config, stored))
     if LM_HEAD in stored and LM_HEAD not in shapes:
         # Tied by name, yet there: the same numbers again, the only copy, or a head trained apart.
         # Or ColPali has one left from its PaliGemma.
@@ -338,7 +392,10 @@ def _hint(
     if any(canonical_name(name).startswith(PROJECTION) for name in unexpected):
         return "a ColPali's projection beside the config.json of a PaliGemma: take its own"
     if POSITIONS in stored and stored[POSITIONS].shape != expected[POSITIONS][0]:
-        return "was the model made for pictures of another size than image_size says?"
+        return (
+            "was the model made for pictures of another size than image_size says? "
+            "`npvlm convert SRC DST --image-size N` makes positions for N pixels"
+        )
     return "do config.json and the weights come from the same model?"
 
 
@@ -380,7 +437,8 @@ def listed(names: Iterable[str], most: int = _LISTED) -> str:
 
 def _cut(name: str) -> str:
     """A name as it fits into a sentence: a file may have any."""
-    return name if len(name) <= _NAMED else f"{name[: _NAMED - 3]}..."
+    shown = name if name.isprintable() else repr(name)[1:-1]
+    return shown if len(shown) <= _NAMED else f"{shown[: _NAMED - 3]}..."
 
 
 def _either(words: tuple[str, ...]) -> str:

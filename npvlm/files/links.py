@@ -21,20 +21,24 @@ def refuse_links_out(folder: Path) -> None:
     NpvlmError
         For the first link that leads out.
     """
-    home, cache = _real(folder), _real(cache_folder())
     for entry in sorted(folder.iterdir()):
-        target = _real(entry)
-        if not entry.is_symlink() or not target.is_file() or target.is_relative_to(home):
-            continue
-        storage = target.parent.parent
-        in_hub = target.parent.name == "blobs" and (
-            home.parent == storage / "snapshots" or storage.parent == cache
+        refuse_link_out(entry)
+
+
+def refuse_link_out(entry: Path) -> None:
+    """Refuse one file if it is such a link."""
+    home, target = _real(entry.parent), _real(entry)
+    if not entry.is_symlink() or not target.is_file() or target.is_relative_to(home):
+        return
+    storage = target.parent.parent
+    in_hub = target.parent.name == "blobs" and (
+        home.parent == storage / "snapshots" or storage.parent == _real(cache_folder())
+    )
+    if not in_hub:
+        raise NpvlmError(
+            f"{entry} is a link to {target}, out of its folder, expected the file itself; copy "
+            "it there if you trust it, or name the folder that it lies in."
         )
-        if not in_hub:
-            raise NpvlmError(
-                f"{entry} is a link to {target}, out of its folder, expected the file itself; copy "
-                "it there if you trust it, or name the folder that it lies in."
-            )
 
 
 def _real(path: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 
 from npvlm.errors import NpvlmError
 from npvlm.files.checkpoint import Stored, read_header
-from npvlm.files.npz import Member, npz_members, read_member
+from npvlm.files.npz import Head, Npz
 from npvlm.model.vqvae import CODEBOOK
 from npvlm.model.weights import Array, Weights, unpack
 
@@ -77,11 +77,23 @@ def _read(path: Path) -> dict[str, Array]:
     size = path.stat().st_size
     if size > LARGEST:
         raise NpvlmError(f"{path} has {size:,} bytes, expected at most {LARGEST:,}.")
-    found: Mapping[str, Member | Stored]
     if path.suffix == ".npz":
-        found = npz_members(path)
-    else:
-        found = {tensor.name: tensor for tensor in read_header(path)}
+        return _read_npz(Npz(path))
+    stored = {tensor.name: tensor for tensor in read_header(path)}
+    _check(path, stored)
+    return {name: unpack(stored[name].weight(), np.float32) for name in _shapes()}
+
+
+def _read_npz(npz: Npz) -> dict[str, Array]:
+    held = set(npz.names)
+    _check(npz.path, {name: npz.head(name) for name in _shapes() if name in held})
+    npz.check(_shapes())
+    with np.errstate(over="ignore"):  # what becomes infinite is refused as that
+        return {name: npz.array(name).astype(np.float32) for name in _shapes()}
+
+
+def _check(path: Path, found: Mapping[str, Head | Stored]) -> None:
+    """Hold what headers say against what decoding takes."""
     for name, shape in _shapes().items():
         if name not in found:
             raise NpvlmError(f"{path}: {name} is missing; is it the VQ-VAE of PaliGemma's masks?")
@@ -90,12 +102,3 @@ def _read(path: Path) -> dict[str, Array]:
             raise NpvlmError(f"{path}: {name} is {list(sides)[:9]}, expected {list(shape)}.")
         if kind not in _FLOATS:
             raise NpvlmError(f"{path}: {name} is {kind}, expected floating-point numbers.")
-    return {name: _float32(path, name, found[name]) for name in _shapes()}
-
-
-def _float32(path: Path, name: str, found: Member | Stored) -> Array:
-    """The numbers of a tensor whose header was read."""
-    if isinstance(found, Stored):
-        return unpack(found.weight(), np.float32)
-    with np.errstate(over="ignore"):  # what becomes infinite is refused as that
-        return read_member(path, name).astype(np.float32)

@@ -8,11 +8,15 @@ Axis letters: D hidden_size of the decoder or the tower, F intermediate_size, V 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from npvlm.config import Config, TextConfig, VisionConfig
 
 Shapes = dict[str, tuple[int, ...]]
+
+_PROJECTOR = "multi_modal_projector.linear.weight"
+_MODEL = re.compile(r"(^|\.)model\.$")
 
 EMBED_TOKENS = "language_model.model.embed_tokens.weight"
 LM_HEAD = "language_model.lm_head.weight"
@@ -40,6 +44,21 @@ def canonical_name(name: str) -> str:
         inner = rest.startswith("vision_model.")
         return name if inner else f"vision_tower.vision_model.{rest}"
     return name
+
+
+def prefixes(names: Iterable[str]) -> list[str]:
+    """What stands before the names of each PaliGemma among tensors: "" for a model alone.
+
+    A model that has a PaliGemma inside, such as a robot's policy, puts its own words in front. It
+    is found by its projector, of which it has one. ColPali's own words are not in front of it.
+    """
+    names = list(names)
+    published = [canonical_name(name) for name in names]
+    if _PROJECTOR in published and any(name.startswith(PROJECTION) for name in published):
+        return [""]
+    starts = [name.removesuffix(_PROJECTOR) for name in names if name.endswith(_PROJECTOR)]
+    whole = [_MODEL.sub(r"\1", start) for start in starts if start == "" or start.endswith(".")]
+    return sorted(set(whole))
 
 
 def spelling(names: Iterable[str]) -> str:

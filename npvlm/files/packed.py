@@ -8,6 +8,7 @@ Axis letters: O out features · I in features.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,15 @@ from npvlm.model.weights import (
 
 LAYERS = "language_model.model.layers."  # how the names of the decoder's layers begin
 BLOCK = 2**20  # weights packed at a time: a few milliseconds of work, a few MB in memory
+
+
+class Rows(Protocol):
+    """A weight that can be had a few rows at a time, as any weight can."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: slice, /) -> Weight: ...
 
 
 def packing(name: str, shape: tuple[int, ...], precision: str | None) -> str | None:
@@ -73,7 +83,7 @@ def join_parts(values: Array, scales: Array, width: int, kind: str) -> Packed:
     return Int8(values, scales, width) if kind == "int8" else Int4(values, scales, width)
 
 
-def blocks_of(weight: Weight) -> Iterator[slice]:
+def blocks_of(weight: Rows) -> Iterator[slice]:
     """Runs of rows that are few enough to be packed together."""
     size = int(np.prod(weight.shape[1:]))
     rows = max(1, BLOCK // size)

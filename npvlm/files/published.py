@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from npvlm.config import parse_config
+from npvlm.config import Values, parse_config
 from npvlm.files.names import expected_shapes
 
 OWNER = "google"
@@ -15,7 +15,7 @@ LICENCE = "Gemma terms of use"
 STORED = 2  # bytes of a number at the revisions named here
 IMAGE_TOKEN = 257152
 
-_VISION = {
+VISION = {
     "hidden_size": 1152,
     "intermediate_size": 4304,
     "model_type": "siglip_vision_model",
@@ -24,7 +24,7 @@ _VISION = {
     "patch_size": 14,
     "vision_use_head": False,
 }
-_GEMMA = {
+GEMMA = {
     "hidden_size": 2048,
     "intermediate_size": 16384,
     "model_type": "gemma",
@@ -33,7 +33,7 @@ _GEMMA = {
     "num_key_value_heads": 1,
     "vocab_size": 257216,
 }
-_GEMMA2 = {
+GEMMA2 = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
     "head_dim": 256,
@@ -48,10 +48,10 @@ _GEMMA2 = {
     "sliding_window": 4096,
     "vocab_size": 257216,
 }
-_TEXT: dict[str, dict[str, Any]] = {
-    "paligemma-3b": _GEMMA,
-    "paligemma2-3b": _GEMMA2,
-    "paligemma2-10b": _GEMMA2
+TEXT: dict[str, dict[str, Any]] = {
+    "paligemma-3b": GEMMA,
+    "paligemma2-3b": GEMMA2,
+    "paligemma2-10b": GEMMA2
     | {
         "hidden_size": 3584,
         "intermediate_size": 14336,
@@ -59,7 +59,7 @@ _TEXT: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 42,
         "num_key_value_heads": 8,
     },
-    "paligemma2-28b": _GEMMA2
+    "paligemma2-28b": GEMMA2
     | {
         "head_dim": 128,
         "hidden_size": 4608,
@@ -164,19 +164,41 @@ class Published:
 
 def config_values(size: str, resolution: int) -> dict[str, Any]:
     """What config.json says of a size such as "paligemma2-10b", at 224, 448 or 896 pixels."""
-    text = _TEXT[size]
+    return whole_config(TEXT[size], VISION | {"image_size": resolution}, IMAGE_TOKEN, "bfloat16")
+
+
+def whole_config(text: Values, vision: Values, image_token: int, dtype: str) -> dict[str, Any]:
+    """What config.json says of a decoder and a tower, in the fields of the published files."""
     width = text["hidden_size"]
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "bos_token_id": 2,
         "eos_token_id": 1,
-        "image_token_index": IMAGE_TOKEN,
+        "image_token_index": image_token,
         "model_type": "paligemma",
         "pad_token_id": 0,
         "projection_dim": width,
-        "text_config": text,
-        "torch_dtype": "bfloat16",
-        "vision_config": _VISION | {"image_size": resolution, "projection_dim": width},
+        "text_config": dict(text),
+        "torch_dtype": dtype,
+        "vision_config": {**vision, "projection_dim": width},
+    }
+
+
+def preprocessor_values(image_size: int, patch_size: int) -> dict[str, Any]:
+    """What preprocessor_config.json says, in the fields of the published files."""
+    return {
+        "do_convert_rgb": None,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "SiglipImageProcessor",
+        "image_seq_length": (image_size // patch_size) ** 2,
+        "image_std": [0.5, 0.5, 0.5],
+        "processor_class": "PaliGemmaProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": image_size, "width": image_size},
     }
 
 
@@ -188,7 +210,7 @@ def _parameters(size: str, resolution: int) -> int:
 
 def _all() -> list[Published]:
     found = []
-    for size in _TEXT:
+    for size in TEXT:
         found += [Published(size, "mix", None, side) for side in (224, 448)]
         found += [Published(size, "pt", None, side) for side in (224, 448, 896)]
         if size in ("paligemma2-3b", "paligemma2-10b"):

@@ -25,6 +25,7 @@ _TAB = "<0x09>"
 _SPACE = "\u2581"
 _LONGEST_RUN = 31
 _LARGEST = 2**25  # bytes of a vocabulary; Gemma's has 4.2 million
+_PLACES = (*(f"<loc{i:04d}>" for i in range(1024)), *(f"<seg{i:03d}>" for i in range(128)))
 
 
 class Tokenizer:
@@ -180,8 +181,10 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
     return Tokenizer(pieces, _with_own(added, pieces, config, folder), config)
 
 
-def piece_ids(folder: Path, pieces: Iterable[str]) -> tuple[int, dict[str, int | None]]:
-    """Count the pieces of tokenizer.model and look some up, whatever model they are for.
+def piece_ids(
+    folder: Path, pieces: Iterable[str], name: str = "tokenizer.model"
+) -> tuple[int, dict[str, int | None]]:
+    """Count the pieces of a vocabulary and look some up, whatever model they are for.
 
     Tokens that other files add are found too; what no file names has None.
 
@@ -190,13 +193,32 @@ def piece_ids(folder: Path, pieces: Iterable[str]) -> tuple[int, dict[str, int |
     NpvlmError
         No vocabulary, or none of SentencePiece.
     """
-    own = _read_pieces(folder)
+    own = _read_pieces(folder, name)
     added = _read_added(folder, own)
     return len(own), {piece: added.get(piece, _piece_id(own, piece)) for piece in pieces}
 
 
-def _read_pieces(folder: Path) -> SentencePieceProcessor:
-    path = folder / "tokenizer.model"
+def tokens_to_add(path: Path, config: Config) -> dict[str, int]:
+    """Which tokens a vocabulary lacks that a model has, and their ids.
+
+    `<image>` is in no published vocabulary. Gemma's own has no locations and segments either; they
+    follow its pieces in the order of their numbers.
+
+    Raises
+    ------
+    NpvlmError
+        No such file, or no vocabulary.
+    """
+    if not path.is_file():
+        raise NpvlmError(f"{path} is no file, expected a SentencePiece model")
+    pieces, added = _parse(path), {IMAGE: config.image_token_index}
+    if len(pieces) + len(_PLACES) == config.image_token_index:
+        added |= {piece: len(pieces) + i for i, piece in enumerate(_PLACES)}
+    return added
+
+
+def _read_pieces(folder: Path, name: str = "tokenizer.model") -> SentencePieceProcessor:
+    path = folder / name
     if not path.is_file():
         if (folder / "tokenizer.json").is_file():
             raise NpvlmError(
@@ -204,6 +226,10 @@ def _read_pieces(folder: Path) -> SentencePieceProcessor:
                 "published beside the other files of every google/paligemma repository"
             )
         raise NpvlmError(f"{path} is missing; copy it from where the model was published")
+    return _parse(path)
+
+
+def _parse(path: Path) -> SentencePieceProcessor:
     content = read_small(path, _LARGEST)
     pieces = SentencePieceProcessor()
     try:

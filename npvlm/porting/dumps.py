@@ -22,7 +22,7 @@ from npvlm.config import LARGEST_JSON, parse_json, read_json, read_small
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.checkpoint import read_header
 from npvlm.files.links import refuse_links_out
-from npvlm.files.npz import npz_members, read_member
+from npvlm.files.npz import Npz
 from npvlm.files.output import check_new, expanded, new_file, new_folder, place_of
 from npvlm.model.weights import Array
 from npvlm.porting.stages import SCHEMA
@@ -246,10 +246,14 @@ def _open_safetensors(path: Path) -> Dump:
 
 
 def _open_npz(path: Path) -> Dump:
-    members = npz_members(path)
-    dtypes = {name: _type(name, member.dtype) for name, member in members.items()}
+    npz = Npz(path)
+    dtypes = {name: _type(name, npz.head(name).dtype) for name in npz.names}
 
-    return Dump(path, dtypes, lambda name: read_member(path, name), None)
+    def read(name: str) -> Array:
+        npz.check([name])
+        return npz.array(name)
+
+    return Dump(path, dtypes, read, None)
 
 
 def _open_folder(path: Path) -> Dump:

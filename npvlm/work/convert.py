@@ -7,51 +7,54 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from npvlm.api import find_folder
-from npvlm.config import FORMAT_VERSION, PACKED, Values, parse_config, read_config, read_json
+from npvlm.config import FORMAT_VERSION, PACKED, Values, parse_config
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.adapters import open_adapter
-from npvlm.files.checkpoint import INDEX, OTHER_FORMATS, open_checkpoint
-from npvlm.files.masks import find_mask_decoder
-from npvlm.files.output import new_folder, place_of
-from npvlm.files.packed import blocks_of, packing, part_tensors, parts_of
+from npvlm.files.checkpoint import INDEX, open_checkpoint
+from npvlm.files.output import check_new, new_folder, place_of
+from npvlm.files.packed import Rows, blocks_of, packing, part_tensors, parts_of
 from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
 from npvlm.kernels.packing import PACKERS
 from npvlm.model.weights import Adapted, Array, BFloat16, Weight, round_to_bfloat16, unpack
+from npvlm.work.sources import Say, content_of, locate, open_source, size_of
 
 SHARD_BYTES = 5_000_000_000
-LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in other formats larger
 
 Progress = Callable[[int, int, int, int], None]
 
 
 def convert(
-    source: str | Path,
+    model: str | Path,
     destination: Path,
     precision: str | None,
     progress: Progress,
     adapter: Path | None = None,
+    *,
+    tokenizer: Path | None = None,
+    image_size: int | None = None,
+    say: Say = lambda _: None,
 ) -> None:
-    """Write a checkpoint folder whose weights are stored as `precision` computes with them.
+    """Write a checkpoint folder of the published form, its weights stored for a precision.
 
     docs/format.md says what is in it. It appears whole or not at all.
 
     Parameters
     ----------
-    source : the name of a bundled model, or a checkpoint folder as published
+    model : the name of a bundled model, or a source as `open_source` takes it
     destination : a folder that is not there yet, or an empty one
     precision : "bfloat16", "int8" or "int4"; None keeps the types that weights are stored in
     progress : told before every block and at the end: weights done, weights in all, bytes
         written, bytes in all
     adapter : a LoRA to merge into the weights: in float64, rounded to float32, and from there as
         any other weight
+    tokenizer, image_size, say : as for `open_source`
 
     Raises
     ------
@@ -61,30 +64,25 @@ def convert(
         Where the source or the adapter is damaged, the two do not fit, or the disk is too small or
         not to be written.
     """
-    folder = find_folder(source)
-    destination = place_of(destination)
-    if destination.is_relative_to(folder.resolve()) and destination != folder.resolve():
-        raise UsageError(f"{destination} lies inside {folder}, expected a place beside it.")
-    config = read_config(folder)
-    if config.quantization:
-        raise UsageError(
-            f"{folder} is packed as {config.quantization} already; convert the original checkpoint."
-        )
-    weights = open_checkpoint(folder, config)
-    tables = len(weights)
+    place, destination = locate(model), place_of(destination)
+    if destination.is_relative_to(place.resolve()) and destination != place.resolve():
+        raise UsageError(f"{destination} lies inside {place}, expected a place beside it.")
+    check_new(destination)
+    source = open_source(place, tokenizer, image_size, say)
+    weights = source.weights
     if adapter is not None:
         opened = open_adapter(adapter.expanduser())
-        weights = opened.correct(opened.replace(weights))
+        # Rows of a source are had as those of any weight, which is all that an adapter asks for.
+        weights = opened.correct(opened.replace(cast("Mapping[str, Weight]", weights)))
     layout = {name: _tensors(name, weight, precision) for name, weight in weights.items()}
-    copied = _small_files(folder)
     total = sum(tensor.bytes for tensors in layout.values() for tensor in tensors.values())
 
     with new_folder(destination) as draft:
-        _check_space(draft, total + sum(file.stat().st_size for file in copied))
-        for file in copied:
-            (draft / file.name).write_bytes(_content(file))
-        values = _config(read_json(folder / "config.json"), precision)
-        if len(weights) > tables:  # an adapter has changed one of two tied tables
+        _check_space(draft, total + sum(map(size_of, source.files.values())))
+        for file_name, small in source.files.items():
+            (draft / file_name).write_bytes(content_of(small))
+        values = _config(source.values, precision)
+        if len(weights) > len(source.weights):  # an adapter has changed one of two tied tables
             values = _untied(values)
         _write_json(draft / "config.json", values)
 
@@ -108,22 +106,23 @@ def convert(
         open_checkpoint(draft, parse_config(values))
 
 
-def _tensors(name: str, weight: Weight, precision: str | None) -> dict[str, Tensor]:
+def _tensors(name: str, weight: Rows, precision: str | None) -> dict[str, Tensor]:
     """The tensors that a weight becomes, its own name first."""
     shape = weight.shape
-    if isinstance(weight, Adapted):
-        weight = weight.base
     if kind := packing(name, shape, precision):
         parts = part_tensors(name, shape, kind)
         return {part: Tensor(dtype, size) for part, (dtype, size) in parts.items()}
-    if isinstance(weight, BFloat16) or precision == "bfloat16":
+    row = weight[:1]
+    if isinstance(row, Adapted):
+        row = row.base
+    if isinstance(row, BFloat16) or precision == "bfloat16":
         return {name: Tensor("BF16", shape)}
-    dtype = weight.dtype if isinstance(weight, np.ndarray) else None
+    dtype = row.dtype if isinstance(row, np.ndarray) else None
     return {name: Tensor("F16" if dtype == np.float16 else "F32", shape)}
 
 
 def _pieces(
-    name: str, weight: Weight, precision: str | None
+    name: str, weight: Rows, precision: str | None
 ) -> Iterator[tuple[int, tuple[Array, ...]]]:
     """What a weight becomes, a few rows at a time: the first row, and each tensor's part."""
     kind = packing(name, weight.shape, precision)
@@ -182,35 +181,6 @@ def _retyped(values: Values, precision: str) -> dict[str, Any]:
         else value
         for key, value in values.items()
     }
-
-
-def _small_files(folder: Path) -> list[Path]:
-    """Vocabulary, settings, licence, mask decoder: what goes with the weights as it is."""
-    found = {}
-    for file in sorted(folder.iterdir()):
-        weights = any(file.match(kind) for kind in ("*.safetensors", *OTHER_FORMATS))
-        written = file.name.endswith(".index.json") or file.name == "config.json"
-        if weights or written or file.name.startswith(".") or not file.is_file():
-            continue
-        if file.stat().st_size <= LARGEST_COPIED:
-            found[file.name] = file
-    return [*(found | _mask_decoder(folder)).values()]
-
-
-def _mask_decoder(folder: Path) -> dict[str, Path]:
-    """The file that the source paints masks with, from its folder or beside it, if any."""
-    try:
-        file = find_mask_decoder(folder)
-    except NpvlmError:
-        return {}
-    return {file.name: file} if file.stat().st_size <= LARGEST_COPIED else {}
-
-
-def _content(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise NpvlmError(f"{file} cannot be read: {error.strerror or error}.") from None
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from npvlm.api import find_folder, open_model
-from npvlm.config import PRECISIONS, Config, read_config
+from npvlm.config import PRECISIONS, Config, parse_config, read_config
 from npvlm.errors import NpvlmError
+from npvlm.files.big_vision import TOKENIZERS, BigVision, find_npz, open_big_vision
 from npvlm.files.checkpoint import (
     Differences,
     Stored,
     by_name,
     checkpoint_files,
     find_differences,
+    fit_rows,
+    outside,
     read_header,
 )
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
@@ -179,13 +182,15 @@ def inspect(model: str) -> Inspection:
 
     Parameters
     ----------
-    model : the name of a bundled model or a folder, whole or broken
+    model : the name of a bundled model, a folder, whole or broken, or an .npz file of big_vision
 
     Raises
     ------
     NpvlmError
         Where there is no such folder; nothing else is refused.
     """
+    if file := find_npz(Path(model).expanduser()):
+        return _inspect_npz(model, file)
     folder, problems = find_folder(model), _Problems()
     config: Config | None = problems.of("config", read_config, folder)
     files, tensors = _read_files(folder, problems)
@@ -194,10 +199,12 @@ def inspect(model: str) -> Inspection:
     if config and stored and not whole:
         problems["tensors"] = "not compared with config.json, for not all files can be read"
     compared = config is not None and stored is not None and whole
+    if config is not None and stored:
+        config = fit_rows(config, stored)
     if config is not None:
         problems.of("tokenizer", load_tokenizer, folder, config)
         problems.of("pictures", read_preprocessor, folder, config)
-    types, available = _types(tensors), available_memory()
+    types, available = _types((t.dtype, t.nbytes) for t in tensors), available_memory()
     return Inspection(
         model=model,
         folder=str(folder),
@@ -206,7 +213,7 @@ def inspect(model: str) -> Inspection:
         sizes=_sizes(config) if config else None,
         parameters=_parameters(config, stored or {}) if config else None,
         files=files,
-        layout=spelling(tensor.name for tensor in tensors) if tensors else None,
+        layout=problems.of("tensors", _layout, tensors) if tensors else None,
         types=types,
         own_head=_has_own_head(stored) if stored else None,
         differences=find_differences(stored or {}, config) if compared and config else None,
@@ -215,6 +222,48 @@ def inspect(model: str) -> Inspection:
         available=available,
         needs=_needs(config, types, available) if config else [],
         kind=likely_kind(model, folder, raw_values(folder)),
+    )
+
+
+def _inspect_npz(model: str, file: Path) -> Inspection:
+    """What a checkpoint of big_vision holds, and the command that makes a model of it."""
+    problems, available = _Problems(), available_memory()
+    found: BigVision | None = problems.of("weights", open_big_vision, file)
+    config: Config | None = None
+    if found is not None:
+        config = problems.of("config", parse_config, found.config, None, f"{file}: ")
+    else:
+        problems["config"] = "an .npz has none, and these arrays do not tell what it would say"
+    types = _types(found.stored()) if found else []
+    beside = [name for name in TOKENIZERS if (file.parent / name).is_file()]
+    if not beside:
+        problems["tokenizer"] = (
+            f"no {' or '.join(TOKENIZERS)} beside it; convert takes one as --tokenizer"
+        )
+    name = beside[0] if beside else TOKENIZERS[0]
+    layout = None
+    if found is not None:
+        others = [f"{what} ({count})" for what, count in found.others.items()]
+        layout = "; ".join(["those of big_vision", *(f"beside them {o}" for o in others)])
+    return Inspection(
+        model=model,
+        folder=str(file.parent),
+        refusal=_refusal(model),
+        problems=problems,
+        sizes=_sizes(config) if config else None,
+        parameters=_parameters(config, {}) if config else None,
+        files=[File(file.name, file.stat().st_size, problems.get("weights"))],
+        layout=layout,
+        types=types,
+        own_head=False if found else None,
+        differences=Differences([], [], {}, {}) if found else None,
+        vocabulary=(
+            problems.of("tokenizer", find_vocabulary, file.parent, config, name) if beside else None
+        ),
+        masks=_masks(file.parent),
+        available=available,
+        needs=_needs(config, types, available) if config else [],
+        kind=likely_kind(model, file.parent, {}),
     )
 
 
@@ -244,12 +293,13 @@ def _read_files(folder: Path, problems: _Problems) -> tuple[list[File], list[Sto
     return files, tensors
 
 
-def _types(tensors: Iterable[Stored]) -> list[Type]:
+def _types(tensors: Iterable[tuple[str, int]]) -> list[Type]:
+    """Types from the type and the bytes of each tensor."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for tensor in tensors:
-        counts[tensor.dtype] += 1
-        sizes[tensor.dtype] += tensor.nbytes
+    for dtype, nbytes in tensors:
+        counts[dtype] += 1
+        sizes[dtype] += nbytes
     return [Type(dtype, counts[dtype], size) for dtype, size in sizes.most_common()]
 
 
@@ -289,6 +339,17 @@ def _sizes(config: Config) -> Sizes:
     )
 
 
+def _layout(tensors: list[Stored]) -> str:
+    """Whose spelling the names have, and what stands around and beside them."""
+    start, left = outside(tensors)
+    words = [spelling(t.name[len(start) :] for t in tensors if t.name.startswith(start))]
+    if start:
+        words.append(f"under {start.removesuffix('.')}")
+    if left:
+        words.append(f"beside tensors that are no part of a PaliGemma ({len(left)})")
+    return ", ".join(words)
+
+
 def _has_own_head(stored: dict[str, Stored]) -> bool:
     return LM_HEAD in stored and EMBED_TOKENS in stored
 
@@ -312,12 +373,14 @@ def _parameters(config: Config, stored: dict[str, Stored]) -> Parameters:
     )
 
 
-def find_vocabulary(folder: Path, config: Config | None) -> Vocabulary:
+def find_vocabulary(
+    folder: Path, config: Config | None, name: str = "tokenizer.model"
+) -> Vocabulary:
     """The ids as the files have them; `<image>` may stand in config.json alone."""
-    count, ids = piece_ids(folder, GEMMA_IDS)
+    count, ids = piece_ids(folder, GEMMA_IDS, name)
     if ids[IMAGE] is None and config is not None:
         ids[IMAGE] = config.image_token_index
-    return Vocabulary("tokenizer.model", count, ids, ids == GEMMA_IDS)
+    return Vocabulary(name, count, ids, ids == GEMMA_IDS)
 
 
 def _needs(config: Config, types: list[Type], available: int | None) -> list[Need]:

@@ -23,7 +23,7 @@ from npvlm.config import Values, parse_config
 from npvlm.errors import NpvlmError
 from npvlm.files.names import Shapes, expected_shapes
 from npvlm.files.output import check_new, new_folder, place_of, scratch_folder
-from npvlm.files.published import config_values
+from npvlm.files.published import config_values, preprocessor_values
 
 BLOCK = 4_194_301  # numbers in the block; a prime, so that no two rows of a weight are alike
 SPREAD = np.float32(0.02)
@@ -112,19 +112,11 @@ def _unwritable(folder: Path, error: OSError) -> NpvlmError:
 def _write(folder: Path, values: Values) -> None:
     """Write all files, or say in a sentence why not."""
     size, patch = values["vision_config"]["image_size"], values["vision_config"]["patch_size"]
-    pictures = {
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_processor_type": "SiglipImageProcessor",
-        "image_seq_length": (size // patch) ** 2,
-        "image_std": [0.5, 0.5, 0.5],
-        "processor_class": "PaliGemmaProcessor",
-        "size": {"height": size, "width": size},
-    }
     try:
         for name, content in (
             ("config.json", values),
             ("added_tokens.json", {"<image>": values["image_token_index"]}),
-            ("preprocessor_config.json", pictures),
+            ("preprocessor_config.json", preprocessor_values(size, patch)),
         ):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n")
         _write_tensors(folder / WEIGHTS, expected_shapes(parse_config(values)))
