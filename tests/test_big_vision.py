@@ -26,7 +26,7 @@ from golden import ours
 from npvlm.config import parse_config, read_config
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.big_vision import open_big_vision
-from npvlm.files.checkpoint import open_checkpoint
+from npvlm.files.checkpoint import open_checkpoint, read_header
 from npvlm.files.names import EMBED_TOKENS
 from npvlm.files.pictures import open_picture, pixel_values
 from npvlm.files.published import config_values
@@ -34,6 +34,7 @@ from npvlm.model.weights import BFloat16, Weight
 from npvlm.work.convert import convert
 from npvlm.work.inspect import inspect
 from npvlm.work.inspect_page import page
+from tests.lora import lora_tensors, save_lora
 from tests.test_checkpoint import write
 from tests.test_cli import one_line, run
 from tests.test_convert import bits_of, quiet
@@ -610,3 +611,63 @@ def test_inspect_says_why_a_file_is_none(tmp_path: Path) -> None:
     assert "PaliGemma as big_vision saves it" in " ".join(page(found).split())
     (tmp_path / "dump.npz").write_bytes(b"no zip")
     assert "is no .npz file" in " ".join(page(inspect(str(tmp_path / "dump.npz"))).split())
+
+
+# --- beside others -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_an_adapter_is_merged_as_into_the_folder_made_of_the_file(
+    tmp_path: Path, precision: str | None
+) -> None:
+    source = place_with(tmp_path / "downloads", "tokenizer.model")
+    convert(source, tmp_path / "plain", None, quiet)
+    targets = ("q_proj", "up_proj", "multi_modal_projector.linear")
+    lora = save_lora(tmp_path / "lora", lora_tensors(tmp_path / "plain", targets=targets))
+    convert(source, tmp_path / "one", precision, quiet, lora)
+    convert(tmp_path / "plain", tmp_path / "two", precision, quiet, lora)
+    one, two, plain = (stored_in(tmp_path / name) for name in ("one", "two", "plain"))
+    assert one == two != plain
+    assert read_config(tmp_path / "one") == read_config(tmp_path / "two")
+
+
+def stored_in(folder: Path) -> dict[str, bytes]:
+    tensors = read_header(folder / "model.safetensors")
+    return {tensor.name: tensor.bytes().tobytes() for tensor in tensors}
+
+
+def test_an_adapter_of_another_model_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    source = place_with(tmp_path / "downloads", "tokenizer.model")
+    lora = save_lora(tmp_path / "lora", lora_tensors(GOLDEN / "pg2"))
+    with pytest.raises(NpvlmError, match="does not fit the model"):
+        convert(source, tmp_path / "new", None, quiet, lora)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "paligemma_tokenizer.model", "vae-oid.npz"])
+@pytest.mark.parametrize("named", ["the file", "its folder"])
+def test_what_lies_beside_is_no_link_to_elsewhere(tmp_path: Path, name: str, named: str) -> None:
+    source = place_with(tmp_path / "downloads")
+    (tmp_path / "private").write_bytes(b"secret")
+    (source.parent / name).symlink_to(tmp_path / "private")
+    place = source if named == "the file" else source.parent
+    for work in (
+        lambda: convert(place, tmp_path / "new", None, quiet),
+        lambda: inspect(str(place)),
+    ):
+        with pytest.raises(NpvlmError, match=f"{re.escape(name)} is a link to .*private"):
+            work()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_link_to_the_file_is_followed_where_it_is_named_and_not_where_it_is_found(
+    tmp_path: Path,
+) -> None:
+    source = place_with(tmp_path / "downloads", "tokenizer.model")
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "mine.npz"
+    link.symlink_to(source)
+    convert(link, tmp_path / "new", None, quiet, tokenizer=source.parent / "tokenizer.model")
+    npvlm.load(tmp_path / "new")
+    with pytest.raises(NpvlmError, match=r"mine\.npz is a link to"):
+        convert(link.parent, tmp_path / "other", None, quiet)

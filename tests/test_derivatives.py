@@ -149,6 +149,27 @@ def test_a_prefix_ends_at_a_dot_and_has_no_model_at_its_end(
     assert prefixes([f"{start}multi_modal_projector.linear.weight", "x.y"]) == expected
 
 
+@pytest.mark.parametrize("start", ["vlm.", "vlm.model.", "model.", "model.model.", ""])
+@pytest.mark.parametrize("projection", ["embedding_proj_layer", "model.custom_text_proj"])
+def test_a_colpali_is_no_paligemma_inside_another_model(start: str, projection: str) -> None:
+    names = [f"{start}multi_modal_projector.linear.weight", f"{projection}.weight"]
+    assert prefixes(names) == [""]
+
+
+def test_a_colpali_is_converted_whole_and_for_another_size(tmp_path: Path) -> None:
+    source, said = GOLDEN / "colpali", list[str]()
+    convert(source, tmp_path / "same", None, quiet, say=said.append)
+    assert not said and left_out(source) is None
+    assert {n: bits_of(w) for n, w in opened(tmp_path / "same").items()} == {
+        n: bits_of(w) for n, w in opened(source).items()
+    }
+    before = read_config(source).vision_config
+    convert(source, tmp_path / "new", None, quiet, image_size=before.image_size * 2)
+    after = npvlm.load_retriever(tmp_path / "new").model.config
+    assert after.embedding_dim == read_config(source).embedding_dim
+    assert after.vision_config.num_patches == 4 * before.num_patches
+
+
 # --- whose config.json is another's ------------------------------------------------------------
 
 

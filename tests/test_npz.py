@@ -169,6 +169,41 @@ def test_a_compressed_member_that_says_it_is_small_is_not_unpacked_further(tmp_p
     assert peak < 5e6
 
 
+@pytest.mark.parametrize("kind", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_member_packed_as_numpy_packs_none_is_refused(tmp_path: Path, kind: int) -> None:
+    assert "packed in a way" in said_of(
+        packed(tmp_path / "x.npz", head(HEADS["a call"]), kind=kind)
+    )
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_head_is_held_to_the_size_of_its_member_before_that_is_unpacked(
+    tmp_path: Path, kind: int
+) -> None:
+    content = head(described("(7,)")) + bytes(50_000_000)
+    npz = Npz(packed(tmp_path / "x.npz", content, kind=kind))
+    for work in (npz.head, npz.array, lambda name: npz.check([name])):
+        tracemalloc.start()
+        with pytest.raises(NpvlmError, match="has not the size that its shape"):
+            work("x")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1e6
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.zeros(3, "V4"), np.array(["ab"]), np.zeros(3, "M8[s]"), np.zeros(3, "u1,u1")],
+    ids=lambda values: str(values.dtype),
+)
+def test_what_is_no_number_is_refused_and_its_neighbours_are_not(
+    tmp_path: Path, values: np.ndarray
+) -> None:
+    np.savez(tmp_path / "x.npz", x=values, y=NUMBERS)
+    assert "expected an array of numbers" in said_of(tmp_path / "x.npz")
+    assert np.array_equal(Npz(tmp_path / "x.npz").array("y"), NUMBERS)
+
+
 def test_encrypted_and_misplaced_members_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, x=NUMBERS)

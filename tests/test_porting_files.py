@@ -123,6 +123,16 @@ def test_an_archive_of_arrays_is_read_when_asked_and_held_to_its_headers(tmp_pat
         open_dump(tmp_path / "mine.npz")
 
 
+def test_a_changed_number_in_an_archive_is_found_when_it_is_read(tmp_path: Path) -> None:
+    values = np.arange(50.0)
+    path = npz(tmp_path, {"norm": values})
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(values.tobytes(), (values + 1).tobytes()))
+    dump = open_dump(path)
+    with pytest.raises(NpvlmError, match=r"norm cannot be read \(Bad CRC-32"):
+        dump.read("norm")
+
+
 @pytest.mark.parametrize(
     "damage", [lambda data: data[:-8], lambda data: b"\x93NUMPY\x01\x00nonsense"]
 )
