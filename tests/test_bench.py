@@ -198,9 +198,9 @@ def test_a_synthetic_checkpoint_opens_and_no_two_rows_are_alike(family: str) -> 
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, NpvlmError])
-def test_whatever_ends_a_bench_its_checkpoint_is_removed(error: type[BaseException]) -> None:
-    with pytest.raises(error), synthetic_checkpoint(tiny_values()) as folder:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), NpvlmError("it ends")])
+def test_whatever_ends_a_bench_its_checkpoint_is_removed(error: BaseException) -> None:
+    with pytest.raises(type(error)), synthetic_checkpoint(tiny_values()) as folder:
         raise error
     assert not folder.exists()
 

@@ -83,7 +83,7 @@ def test_a_page_that_is_gone_is_found_and_said_not_to_be_drawn(place, tmp_path) 
 def test_an_unreadable_page_is_said_and_left_out(place) -> None:
     result = run("embed", "pages", "-o", "other", "--model", "colpali", cwd=place, env=PLAIN)
     assert result.returncode == 3
-    assert "broken.png is no picture that Pillow can read" in said(result)
+    assert "broken.png is no picture of a kind that npvlm reads" in said(result)
     assert "1 of 4 pages were left out." in result.stderr
     assert (place / "other").exists() and not (place / "other.part").exists()
 

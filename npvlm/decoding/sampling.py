@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
+from numpy.random import default_rng  # at once: a fork beside a thread that imports it would hang
 
 from npvlm.errors import UsageError
 from npvlm.model.weights import Array
@@ -80,7 +81,7 @@ class Chooser:
 
     def __init__(self, sampling: Sampling, seed: int | None, *, ops: ModuleType) -> None:
         self._sampling, self._ops = sampling, ops
-        self._random = np.random.default_rng(seed)
+        self._random = default_rng(seed)
 
     def __call__(self, logits: Array) -> int:
         """The id of the next token; of equally likely ones the first.
