@@ -38,7 +38,7 @@ MAY_IMPORT = {
         "asked",
         "packs",
     },
-    "work": {"errors", "config", "model", "kernels", "files", "decoding", "answers", "api"},
+    "work": {"errors", "config", "model", "kernels", "files", "decoding", "answers", "api", ""},
     "porting": {"errors", "config", "model", "kernels", "files", "decoding", "api", ""},
     "cli": {
         "errors",
@@ -67,7 +67,7 @@ LIBRARIES = {
     "asked": {"numpy", "PIL"},
     "packs": set(),
     "api": {"numpy"},
-    "work": {"numpy", "PIL"},
+    "work": {"numpy", "PIL", "ray", "pyarrow"},
     "porting": {"numpy", "PIL", "safetensors"},
     "cli": {"click"},
     "__main__": set(),
