@@ -154,7 +154,7 @@ def batch(
     if not quiet:
         note_image_marks(opened, " ".join(dict.fromkeys(item.prompt or "" for item in items)))
     line, last = ProgressLine("pictures", quiet), None
-    errors = Errors(running, line)
+    errors = Errors(output, line)
 
     def tell(progress: Progress) -> None:
         nonlocal last
