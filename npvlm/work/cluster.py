@@ -12,12 +12,16 @@ import os
 import pickle
 import re
 import signal
+import socket
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from npvlm import __version__
@@ -35,6 +39,8 @@ TASK = 16  # pictures handed out at once: two packs, one of which is read while 
 DEATHS = 3  # passes in a row that end without a single record
 LOCAL_STORE = 2**28  # bytes of memory for what workers hand over, on this machine alone
 THREADS = "NUMBA_NUM_THREADS"  # where --threads is kept, and what numba reads
+LISTENING, JOINING = 5, 60  # seconds until a cluster is given up
+_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 _ADDRESS = re.compile(r"[^/\s]+:\d+")
 _INSTALL = "pip install 'npvlm[ray]'"
 
@@ -65,8 +71,9 @@ def cluster(address: str | None) -> Iterator[None]:
         except ImportError as error:
             raise NpvlmError(f"--engine ray needs Ray ({error}); {_INSTALL}.") from None
         warnings.simplefilter("ignore")  # again: importing Ray has switched its own on
-        _connect(address)
         try:
+            with _no_stderr():
+                _connect(address)
             yield
         finally:
             ray.shutdown()
@@ -104,7 +111,7 @@ def answer_on_cluster(
     done = deaths = 0
     while done < len(items):
         try:
-            for record in _pass(model, items[done:], max_tokens):
+            for record in _in_thread(_pass(model, items[done:], max_tokens)):
                 yield record
                 done, deaths = done + 1, 0
         except ray.exceptions.RayError as error:
@@ -205,6 +212,27 @@ def _pass(model: Model, items: Sequence[Item], max_tokens: int | None) -> Iterat
         yield from map(json.loads, row["records"].split(b"\n"))
 
 
+def _in_thread(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same, got by a thread: what a signal raises within Ray's compiled code would be lost."""
+    got: Queue[Future[dict[str, Any]] | None] = Queue(TASK)
+
+    def get() -> None:
+        while True:
+            record = Future[dict[str, Any]]()
+            try:
+                record.set_result(next(records))
+            except StopIteration:
+                return got.put(None)
+            except BaseException as error:
+                record.set_exception(error)
+                return got.put(record)
+            got.put(record)
+
+    threading.Thread(target=get, daemon=True).start()
+    while (record := got.get()) is not None:
+        yield record.result()
+
+
 def _size() -> tuple[int, int]:
     """Threads of a worker, and how many workers the nodes have CPUs for."""
     import ray
@@ -268,38 +296,86 @@ def _of_this_node(error: NpvlmError) -> str:
 
 
 def _connect(address: str | None) -> None:
-    """Start Ray, or join the cluster that runs; our own signal handlers stay."""
+    """Start Ray, or join the cluster that runs."""
     import ray
 
-    own = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    start: dict[str, Any] = {"address": address}
+    def start(**options: Any) -> None:
+        ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
+
     if address is None:
-        start = {"address": "local", "include_dashboard": False}
-        start["object_store_memory"] = LOCAL_STORE
-    terminated = False
+        try:
+            with _held_signals():
+                start(address="local", include_dashboard=False, object_store_memory=LOCAL_STORE)
+        except Exception as error:
+            raise NpvlmError(f"Ray does not start on this machine ({_short(error)}).") from None
+        return
+    if address != "auto":
+        _check_listening(address)
+    # Ray would wait for minutes, and longer for what is no Ray; a thread can be left alone.
+    outcome = Future[None]()
+
+    def join() -> None:
+        try:
+            start(address=address)
+            outcome.set_result(None)
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=join, daemon=True).start()
     try:
-        ray.init(**start, log_to_driver=False, logging_level=logging.CRITICAL)
-    except SystemExit:  # what Ray's own handler makes of SIGTERM
-        terminated = True
+        outcome.result(JOINING)
+    except TimeoutError:
+        raise NpvlmError(_why(address, f"no answer in {JOINING} s")) from None
     except Exception as error:
-        where = "on this machine" if address is None else f"at {address}"
-        raise NpvlmError(_why(where, error)) from None
+        raise NpvlmError(_why(address, _short(error))) from None
+
+
+def _check_listening(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), LISTENING).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise NpvlmError(_why(address, str(error))) from None
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Lead nowhere what compiled code says on stderr."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
     finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """Let signals wait until Ray has started: of half a cluster, parts would be left running.
+
+    Ray sets handlers of its own meanwhile, which is why nobody can.
+    """
+    came: list[int] = []
+    setter = signal.signal
+    own = {number: setter(number, lambda number, frame: came.append(number)) for number in _SIGNALS}
+    signal.signal = lambda number, handler: signal.getsignal(number)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        signal.signal = setter
         for number, handler in own.items():
             signal.signal(number, handler)
-        if terminated:
-            signal.raise_signal(signal.SIGTERM)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
-def _why(where: str, error: Exception) -> str:
+def _why(address: str, reason: str) -> str:
     """Why there is no connection, and what to do."""
-    reason = _short(error)
-    if "ersion mismatch" in str(error):
-        return f"the cluster {where} runs other versions ({reason}); use the same Python and Ray."
-    return (
-        f"there is no Ray cluster {where} that can be joined ({reason}); `ray start` starts one "
-        "(docs/cluster.md)."
-    )
+    if "ersion mismatch" in reason:
+        return f"the cluster at {address} has other versions ({reason}); use the same."
+    return f"no Ray cluster can be joined at {address} ({reason}); start one with `ray start`."
 
 
 def _short(error: Exception) -> str:
