@@ -6,6 +6,7 @@ ends a pass: the next one asks those that are left for whatever is not written y
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -74,6 +75,8 @@ def cluster(address: str | None) -> Iterator[None]:
         try:
             with _no_stderr():
                 _connect(address)
+            for number in _SIGNALS:  # compiled code has set its own
+                signal.signal(number, signal.getsignal(number))
             yield
         finally:
             ray.shutdown()
@@ -106,20 +109,18 @@ def answer_on_cluster(
     NpvlmError
         For a node that cannot answer, and where workers die again and again.
     """
-    import ray
-
     done = deaths = 0
     while done < len(items):
         try:
             for record in _in_thread(_pass(model, items[done:], max_tokens)):
                 yield record
                 done, deaths = done + 1, 0
-        except ray.exceptions.RayError as error:
+        except _Death as death:
             deaths += 1
             if deaths == DEATHS:
                 raise NpvlmError(
                     f"workers died {DEATHS} times in a row before the record of "
-                    f"{items[done].image} ({_short(error)}); is there memory for the model on "
+                    f"{items[done].image} ({death}); is there memory for the model on "
                     "each node? --resume goes on."
                 ) from None
 
@@ -212,25 +213,36 @@ def _pass(model: Model, items: Sequence[Item], max_tokens: int | None) -> Iterat
         yield from map(json.loads, row["records"].split(b"\n"))
 
 
+class _Death(Exception):
+    """A worker or its node died, or Ray lost what it had made."""
+
+
 def _in_thread(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same, got by a thread: what a signal raises within Ray's compiled code would be lost."""
-    got: Queue[Future[dict[str, Any]] | None] = Queue(TASK)
+    """The same, got by a thread: what a signal raises within Ray's compiled code would be lost.
+
+    Raises _Death for all that Ray raises.
+    """
+    import ray
+
+    got: Queue[dict[str, Any] | BaseException | None] = Queue(TASK)
 
     def get() -> None:
-        while True:
-            record = Future[dict[str, Any]]()
-            try:
-                record.set_result(next(records))
-            except StopIteration:
-                return got.put(None)
-            except BaseException as error:
-                record.set_exception(error)
-                return got.put(record)
-            got.put(record)
+        failure: BaseException | None = None
+        try:
+            for record in records:
+                got.put(record)
+        except ray.exceptions.RayError as error:
+            failure = _Death(_short(error))
+        except BaseException as error:
+            failure = error
+        gc.collect()  # workers keep their CPUs as long as something, a traceback say, names them
+        got.put(failure)
 
     threading.Thread(target=get, daemon=True).start()
-    while (record := got.get()) is not None:
-        yield record.result()
+    while isinstance(record := got.get(), dict):
+        yield record
+    if record is not None:
+        raise record
 
 
 def _size() -> tuple[int, int]:
@@ -388,6 +400,7 @@ def _short(error: Exception) -> str:
 def _quiet() -> Iterator[None]:
     """Keep Ray from saying anything: what matters is said in our sentences."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that lost Ray would start it once more
     disabled = logging.root.manager.disable
     logging.disable()
     try:
