@@ -60,6 +60,7 @@ MAY_IMPORT = {
         "packs",
         "api",
         "retrieval",
+        "",
     },
     "porting": {"errors", "config", "model", "kernels", "files", "decoding", "api", ""},
     "cli": {
@@ -91,7 +92,7 @@ LIBRARIES = {
     "packs": set(),
     "api": {"numpy"},
     "retrieval": {"numpy"},
-    "work": {"numpy", "PIL"},
+    "work": {"numpy", "PIL", "ray", "pyarrow"},
     "porting": {"numpy", "PIL", "safetensors"},
     "cli": {"click"},
     "__main__": set(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,8 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     required=True,
-    help="Where the records go: a line of JSON for each picture, in order.",
+    help="Where the records go: a line of JSON for each picture, in order; or a table of them, if "
+    "the name ends in .parquet.",
 )
 @click.option("--task", type=click.Choice(list(TASKS)), help="What to do with every picture.")
 @click.option("--labels", help='What to detect or segment: "cat", or "cat ; dog".')
@@ -67,6 +69,18 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     "--html",
     type=click.Path(path_type=Path),
     help="Write a contact sheet, too: one file if the name ends in .html, else a folder.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Answer in this process, or on a Ray cluster (needs the extra `ray`).",
+)
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="Of the cluster's head, or auto.  [default: $RAY_ADDRESS, else one on this machine]",
 )
 @max_tokens_option
 @model_option
@@ -85,6 +99,8 @@ def batch(
     resume: bool,
     shard: tuple[int, int],
     html: Path | None,
+    engine: str,
+    address: str | None,
     max_tokens: int | None,
     model: str | None,
     adapter: Path | None,
@@ -94,14 +110,15 @@ def batch(
     """Answer about any number of pictures: a record each, in a file that can be gone on with.
 
     IN are files, folders and patterns; or one list, a .jsonl or .csv file with `image`, a path as
-    seen from the list, and `prompt`, which --task or --prompt may replace. Other fields of a list
-    are kept in the records.
+    seen from the list, and `prompt`, which --task or --prompt may replace; or .parquet files, whose
+    `image` may be the bytes of pictures. Other fields of a list are kept in the records.
 
     \b
     npvlm batch photos/ --task caption -o captions.jsonl --html report.html
     npvlm batch 'scans/**/*.png' --task detect --labels "cat ; dog" -o pets.jsonl
     npvlm batch questions.csv -o answers.jsonl --resume
     npvlm batch photos/ --task ocr --shard 2/4 -o part2.jsonl
+    npvlm batch FOLDER --task ocr --engine ray --address head:6379 -o texts.parquet
 
     A record has what `generate --json` has but for timings and the ids of the prompt, so equal
     inputs give equal bytes; or `error`. It is on disk as soon as it is written: after a kill at any
@@ -113,14 +130,30 @@ def batch(
     """
     asked = prompt_of(task, prompt, labels=labels, question=question, lang=lang)
 
+    if address is not None and engine != "ray":
+        raise click.UsageError("--address goes with --engine ray only.")
+
     from npvlm.work.batch import run_batch
     from npvlm.work.batch_input import part, read_input
+    from npvlm.work.batch_output import while_running, write_whole
     from npvlm.work.batch_places import check_places
 
     everything = read_input(inputs, asked)
     check_places(output, html, inputs, everything)
-    items = part(everything, *shard)
-    opened = open_model(named_model(model, quiet), precision, "kernels", quiet, adapter)
+    items, running = part(everything, *shard), while_running(output)
+    named = named_model(model, quiet)
+    connected: AbstractContextManager[None] = nullcontext()
+    answers = None
+    if engine == "ray":
+        from npvlm.work.cluster import answer_on_cluster, cluster, open_unread
+
+        opened, connected, answers = (
+            open_unread(named, precision, adapter),
+            cluster(address),
+            answer_on_cluster,
+        )
+    else:
+        opened = open_model(named, precision, "kernels", quiet, adapter)
     if not quiet:
         note_image_marks(opened, " ".join(dict.fromkeys(item.prompt or "" for item in items)))
     line, last = ProgressLine("pictures", quiet), None
@@ -132,23 +165,30 @@ def batch(
         line.show(progress.done, progress.total, progress.kept, progress.errors)
 
     try:
-        last, memory = run_batch(
-            opened, items, output, tell, errors.add, max_tokens=max_tokens, resume=resume
-        )
+        with connected:
+            last, memory = run_batch(
+                *(opened, items, running, tell, errors.add),
+                max_tokens=max_tokens,
+                resume=resume,
+                engine=answers,
+            )
     except Stopped:
         line.clear()
         if last is not None:
-            note = f"{last.done} of {last.total} records are in {output}; --resume goes on."
+            note = f"{last.done} of {last.total} records are in {running}; --resume goes on."
             click.echo(f"npvlm: {note}", err=True)
         raise
     finally:
         line.clear()
+    if engine == "ray":
+        memory = None  # of this process alone, which does little
     places = f"records in {output}"
     try:
         if html is not None:
-            _write_sheet(items, output, html, quiet)
+            _write_sheet(items, running, html, quiet)
             places += f", contact sheet in {html}"
     finally:  # the records are there all the same
+        write_whole(running, output)
         if not quiet:
             click.echo(f"npvlm: {_summary(last, memory)}; {places}", err=True)
         elif last.errors and not errors.count:

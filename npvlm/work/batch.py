@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from npvlm.answers import tasks
 from npvlm.api import Failed, Model
+from npvlm.files.pictures import said_name
 from npvlm.work.batch_input import Item
 from npvlm.work.batch_output import open_records
+from npvlm.work.batch_parquet import read_pictures
 from npvlm.work.memory import Memory, PeakMemory
+
+# What answers items one by one, in order, with at most so many tokens: `answer`, or a cluster's.
+Engine = Callable[[Model, Sequence[Item], int | None], Iterator[dict[str, Any]]]
 
 # What an answer has besides: item.head says the first two, timings differ from run to run, every
 # answer is greedy, and the ids of the prompt are 256 or more of which nearly all are the same one.
+_NAMELESS = "the picture"  # how errors call the bytes of one
 _DROPPED = ("image", "prompt", "seconds", "seed", "prompt_token_ids")
 
 
@@ -53,6 +60,7 @@ def run_batch(
     *,
     max_tokens: int | None = None,
     resume: bool = False,
+    engine: Engine | None = None,
 ) -> tuple[Progress, Memory | None]:
     """Write a record for each item, in order, each as soon as it is there.
 
@@ -62,6 +70,7 @@ def run_batch(
     tell_error : is told of each picture, or list with a broken line, why there is no answer
     max_tokens : most tokens of an answer; by default what its task needs
     resume : go on after the records that the file holds
+    engine : what answers; by default the model, in this process
 
     Returns
     -------
@@ -84,7 +93,7 @@ def run_batch(
 
         tell(now())
         asked = items[kept:]
-        for item, record in zip(asked, answer(model, asked, max_tokens), strict=True):
+        for item, record in zip(asked, (engine or answer)(model, asked, max_tokens), strict=True):
             records.append(record)
             if "error" in record:
                 tell_error(item.path, record["error"])
@@ -94,11 +103,18 @@ def run_batch(
 
 
 def answer(
-    model: Model, items: Sequence[Item], max_tokens: int | None = None
+    model: Model,
+    items: Sequence[Item],
+    max_tokens: int | None = None,
+    pictures: Iterable[Path | bytes] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Give the record of each item, in order: its answer, or why there is none."""
+    """Give the record of each item, in order: its answer, or why there is none.
+
+    `pictures` are those of the items that can be asked, where somebody else has read them.
+    """
     asked = [item for item in items if item.error is None]
-    images, prompts = (item.path for item in asked), (item.prompt or "" for item in asked)
+    images = pictures_of(asked) if pictures is None else pictures
+    prompts = (item.prompt or "" for item in asked)
     results = model.batch(images, prompts, max_tokens=max_tokens)
     for item in items:
         if item.error is not None:
@@ -106,10 +122,30 @@ def answer(
             continue
         result = next(results)
         if isinstance(result, Failed):
-            yield {**item.head, "error": result.error}
+            yield {**item.head, "error": _named(result.error, item)}
             continue
         said = {k: v for k, v in result.to_dict().items() if k not in _DROPPED}
         yield {**item.head, **said, **_settings(model, item, max_tokens)}
+
+
+def pictures_of(items: Sequence[Item]) -> Iterator[Path | bytes]:
+    """The picture of each item: its path, or its bytes from a Parquet file, read when asked for."""
+    for (path, group), some in groupby(items, group_of):
+        if group is None:
+            yield from (item.path for item in some)
+        else:
+            yield from read_pictures(path, group, [item.stored.row for item in some if item.stored])
+
+
+def group_of(item: Item) -> tuple[Path, int | None]:
+    """The file of a picture, and its row group there: what is best read in one go."""
+    return item.path, item.stored.group if item.stored else None
+
+
+def _named(error: str, item: Item) -> str:
+    """An error about bytes, which have no name of their own."""
+    nameless = item.stored is not None and error.startswith(_NAMELESS)
+    return said_name(item.image or "") + error.removeprefix(_NAMELESS) if nameless else error
 
 
 def _settings(model: Model, item: Item, max_tokens: int | None) -> dict[str, Any]:

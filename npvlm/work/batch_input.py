@@ -1,4 +1,4 @@
-"""What a batch is asked to do: pictures that are named, or a list of them in JSONL or CSV."""
+"""What a batch is asked to do: pictures that are named, or a list in JSONL, CSV or Parquet."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from npvlm.answers.lines import json_line
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.listing import list_pictures, picture_suffixes
+from npvlm.work.batch_parquet import Rows, is_parquet
 
 LISTS = (".jsonl", ".csv")
 STDIN = "-"
@@ -26,15 +27,24 @@ _NOTHING = "nothing is asked; give --task or --prompt, or a list with prompts."
 
 
 @dataclass(frozen=True)
+class Stored:
+    """Where in a Parquet file a picture's bytes are: the row group, and the row of it."""
+
+    group: int
+    row: int
+
+
+@dataclass(frozen=True)
 class Item:
     """One picture and what is asked about it.
 
     index : its place in the whole input, from 0
     image : the picture as the input names it; None where a broken line names none
     prompt : None where a broken line has none
-    path : where the picture is
+    path : where the picture is, or the Parquet file that has it
     extra : the other fields of its line, for the record
     error : what is wrong with its line; None for one that can be asked
+    stored : where in the file it is; None for a file of its own
     """
 
     index: int
@@ -43,6 +53,7 @@ class Item:
     path: Path
     extra: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    stored: Stored | None = None
 
     @property
     def head(self) -> dict[str, Any]:
@@ -56,7 +67,8 @@ def read_input(names: Sequence[str], prompt: str | None) -> list[Item]:
     Parameters
     ----------
     names : files, folders and patterns; or one list, a .jsonl or .csv file whose lines have
-        `image`, a path as seen from the list's folder, and `prompt`
+        `image`, a path as seen from the list's folder, and `prompt`; or .parquet files with such
+        columns, where `image` may be the bytes of pictures, and `path` what they are called
     prompt : the one for all pictures, None where a list has them
 
     Raises
@@ -69,6 +81,8 @@ def read_input(names: Sequence[str], prompt: str | None) -> list[Item]:
     """
     if STDIN in names:
         raise UsageError("batch reads no stdin; name files, folders, patterns or a list.")
+    if any(map(is_parquet, names)):
+        return _parquet_items(names, prompt)
     lists = [name for name in names if name.lower().endswith(LISTS)]
     if not lists:
         if len(names) == 1 and _is_other_text(Path(names[0])):
@@ -81,7 +95,16 @@ def read_input(names: Sequence[str], prompt: str | None) -> list[Item]:
         raise UsageError(f"{lists[0]} is a list, expected it alone; put all pictures into it.")
     path = Path(lists[0])
     read = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
-    items = [_item(path, prompt, i, *line) for i, line in enumerate(read(path))]
+    return _checked([_item(path, prompt, i, *line) for i, line in enumerate(read(path))], path)
+
+
+def part(items: Sequence[Item], number: int, count: int) -> Sequence[Item]:
+    """Part `number`, from 1, of `count` that are as even as can be and join to the whole."""
+    return items[(number - 1) * len(items) // count : number * len(items) // count]
+
+
+def _checked(items: list[Item], path: Path) -> list[Item]:
+    """Refuse a list that asks nothing."""
     if not items:
         raise UsageError(f"{path} is empty, expected a line for each picture.")
     named = [item for item in items if item.image is not None]
@@ -90,9 +113,22 @@ def read_input(names: Sequence[str], prompt: str | None) -> list[Item]:
     return items
 
 
-def part(items: Sequence[Item], number: int, count: int) -> Sequence[Item]:
-    """Part `number`, from 1, of `count` that are as even as can be and join to the whole."""
-    return items[(number - 1) * len(items) // count : number * len(items) // count]
+def _parquet_items(names: Sequence[str], prompt: str | None) -> list[Item]:
+    """What the rows of Parquet files ask, file by file."""
+    if wrong := [name for name in names if not is_parquet(name)]:
+        raise UsageError(f"{wrong[0]} is no Parquet file, expected no others beside one.")
+    items: list[Item] = []
+    for path in list_pictures(names):
+        rows = Rows(path)
+        places = [Stored(group, row) for group, n in enumerate(rows.groups) for row in range(n)]
+        for number, (values, place) in enumerate(zip(rows, places, strict=True)):
+            if not rows.bytes:
+                items.append(_item(path, prompt, len(items), number + 1, values))
+                continue
+            values["image"] = values["image"] or f"{path}#{number}"
+            item = _item(path, prompt, len(items), number + 1, values)
+            items.append(replace(item, path=path, stored=place))
+    return _checked(items, path)
 
 
 def _item(

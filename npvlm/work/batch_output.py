@@ -17,6 +17,7 @@ except ImportError:  # on Windows two processes must keep apart by themselves
 
 from npvlm.answers.lines import json_line
 from npvlm.errors import NpvlmError, UsageError
+from npvlm.work.batch_parquet import is_parquet, need_pyarrow, write_parquet
 
 Record = Mapping[str, Any]
 
@@ -85,6 +86,31 @@ def said(path: Path, advice: str) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise NpvlmError(f"{path}: cannot be written ({reason}); {advice}.") from error
+
+
+def while_running(output: Path) -> Path:
+    """Where records are until all are there: lines, beside a table, which has to be written whole.
+
+    Raises
+    ------
+    UsageError
+        For a table that is there already.
+    NpvlmError
+        Where there is nothing to write one with.
+    """
+    if not is_parquet(output):
+        return output
+    need_pyarrow()
+    if output.exists():
+        raise UsageError(f"{output} is there, and whole; nothing goes on: name another file.")
+    return output.with_name(f"{output.name}.jsonl")
+
+
+def write_whole(running: Path, output: Path) -> None:
+    """Make the table of a run that is complete, and remove its lines."""
+    if running != output:
+        write_parquet(read_records(running), read_records(running), output)
+        running.unlink()
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

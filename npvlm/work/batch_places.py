@@ -45,6 +45,8 @@ def check_places(
     _check_writable(output if output.exists() else output.parent)
     if html is None:
         return
+    if any(item.stored for item in items):
+        raise UsageError("--html shows pictures that are files; leave it out with a Parquet file.")
     if resolved(output).is_relative_to(resolved(html)):
         raise UsageError(f"{html} is the place of the records, too; name another for the sheet.")
     check_place(html, inputs)
