@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +19,7 @@ from npvlm.work.batch_parquet import read_pictures
 from npvlm.work.memory import Memory, PeakMemory
 
 # What answers items one by one, in order, with at most so many tokens: `answer`, or a cluster's.
-Engine = Callable[[Model, Sequence[Item], int | None], Iterator[dict[str, Any]]]
+Engine = Callable[[Model, Sequence[Item], int | None], Generator[dict[str, Any], None, None]]
 
 # What an answer has besides: item.head says the first two, timings differ from run to run, every
 # answer is greedy, and the ids of the prompt are 256 or more of which nearly all are the same one.
@@ -93,12 +94,13 @@ def run_batch(
 
         tell(now())
         asked = items[kept:]
-        for item, record in zip(asked, (engine or answer)(model, asked, max_tokens), strict=True):
-            records.append(record)
-            if "error" in record:
-                tell_error(item.path, record["error"])
-            tokens += len(record.get("token_ids", ()))
-            tell(now())
+        with closing((engine or answer)(model, asked, max_tokens)) as answers:
+            for item, record in zip(asked, answers, strict=True):
+                records.append(record)
+                if "error" in record:
+                    tell_error(item.path, record["error"])
+                tokens += len(record.get("token_ids", ()))
+                tell(now())
     return now(), peak.memory
 
 
@@ -107,7 +109,7 @@ def answer(
     items: Sequence[Item],
     max_tokens: int | None = None,
     pictures: Iterable[Path | bytes] | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Give the record of each item, in order: its answer, or why there is none.
 
     `pictures` are those of the items that can be asked, where somebody else has read them.

@@ -16,13 +16,12 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
-from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from npvlm import __version__
@@ -97,7 +96,7 @@ def open_unread(model: str, precision: str | None, adapter: Path | None) -> Mode
 
 def answer_on_cluster(
     model: Model, items: Sequence[Item], max_tokens: int | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Give the record of each item, in order, as `answer` does, from the workers of `cluster`.
 
     The model says which one the workers load; its own weights are not read.
@@ -109,20 +108,28 @@ def answer_on_cluster(
     NpvlmError
         For a node that cannot answer, and where workers die again and again.
     """
+    import ray
+
     done = deaths = 0
     while done < len(items):
         try:
-            for record in _in_thread(_pass(model, items[done:], max_tokens)):
-                yield record
-                done, deaths = done + 1, 0
-        except _Death as death:
-            deaths += 1
-            if deaths == DEATHS:
-                raise NpvlmError(
-                    f"workers died {DEATHS} times in a row before the record of "
-                    f"{items[done].image} ({death}); is there memory for the model on "
-                    "each node? --resume goes on."
-                ) from None
+            with closing(_pass(model, items[done:], max_tokens)) as records:
+                for record in records:
+                    yield record
+                    done, deaths = done + 1, 0
+        except ray.exceptions.RayError as error:
+            reason = _short(error)
+        except SystemError as error:  # what Ray's compiled code makes of a signal
+            raise error.__cause__ or error from None
+        else:
+            continue
+        gc.collect()  # workers keep their CPUs as long as something, a traceback say, names them
+        deaths += 1
+        if deaths == DEATHS:
+            raise NpvlmError(
+                f"workers died {DEATHS} times in a row before the record of {items[done].image} "
+                f"({reason}); is there memory for the model on each node? --resume goes on."
+            )
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,7 @@ class _Worker:
         return "\n".join(map(json_line, records)).encode()
 
 
-def _pass(model: Model, items: Sequence[Item], max_tokens: int | None) -> Iterator[dict[str, Any]]:
+def _pass(model: Model, items: Sequence[Item], max_tokens: int | None) -> Generator[dict[str, Any]]:
     """The records of items, until a worker dies."""
     import ray.data
 
@@ -214,38 +221,6 @@ def _pass(model: Model, items: Sequence[Item], max_tokens: int | None) -> Iterat
         if row["refusal"]:
             raise NpvlmError(row["refusal"])
         yield from map(json.loads, row["records"].split(b"\n"))
-
-
-class _Death(Exception):
-    """A worker or its node died, or Ray lost what it had made."""
-
-
-def _in_thread(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same, got by a thread: what a signal raises within Ray's compiled code would be lost.
-
-    Raises _Death for all that Ray raises.
-    """
-    import ray
-
-    got: Queue[dict[str, Any] | BaseException | None] = Queue(TASK)
-
-    def get() -> None:
-        failure: BaseException | None = None
-        try:
-            for record in records:
-                got.put(record)
-        except ray.exceptions.RayError as error:
-            failure = _Death(_short(error))
-        except BaseException as error:
-            failure = error
-        gc.collect()  # workers keep their CPUs as long as something, a traceback say, names them
-        got.put(failure)
-
-    threading.Thread(target=get, daemon=True).start()
-    while isinstance(record := got.get(), dict):
-        yield record
-    if record is not None:
-        raise record
 
 
 def _size() -> tuple[int, int]:
