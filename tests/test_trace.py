@@ -242,7 +242,7 @@ def _damaged(folder: Path) -> dict[str, str]:
     (folder / "a.txt").write_text("")
     return {
         "cut.safetensors": "no whole safetensors file",
-        "text.npz": "cannot be read",
+        "text.npz": "is no .npz file",
         "pickled.npz": "cannot be read",
         "lone.bin": "has no lone.json",
         "short.bin": "ends at byte 36",
