@@ -2,10 +2,9 @@
 
 import re
 
-# What a terminal obeys instead of showing, and surrogates that stand for no byte of a path.
-_UNSHOWN = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udc7f\udd00-\udfff]"
-)
+# What moves the cursor, ends a line, or turns the direction of the text around it.
+STEERING = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+_UNSHOWN = re.compile(rf"[{STEERING}\ud800-\udc7f\udd00-\udfff]")  # surrogates that are no bytes
 
 
 class NpvlmError(Exception):

@@ -6,8 +6,9 @@ import json
 import re
 from typing import Any
 
-# What moves the cursor, ends a line, or turns the direction of the text around it.
-_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+from npvlm.errors import STEERING
+
+_CONTROL = re.compile(rf"(?![\t\n])[{STEERING}]")
 
 
 def json_line(values: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from npvlm.cli.options import adapter_option, say_other_base, say_when_compiling
+from npvlm.cli.options import adapter_option, say_when_compiling
 
 
 @click.command()
@@ -53,13 +53,9 @@ def convert(
     npvlm convert pt_224.bf16.npz pt-224 --tokenizer paligemma_tokenizer.model
     npvlm convert paligemma-3b-pt-224 pt-336 --image-size 336
     """
-    from npvlm.files.adapters import open_adapter
     from npvlm.work.convert import convert as run
-    from npvlm.work.sources import locate
 
     say_when_compiling()
-    if adapter is not None:
-        say_other_base(open_adapter(adapter.expanduser()), source, locate(source))
     progress = Progress()
     try:
         run(

@@ -15,7 +15,6 @@ from npvlm.config import PACKED, PRECISIONS, read_config
 
 if TYPE_CHECKING:
     from npvlm.api import Model
-    from npvlm.files.adapters import Adapter
     from npvlm.retrieval import Retriever
 
 MODEL_VARIABLE = "NPVLM_MODEL"
@@ -169,8 +168,8 @@ def open_model(
         _say_when_crowded(opened)
         if left := left_out(opened.folder):
             click.echo(f"npvlm: {left}", err=True)
-        if opened.adapter:
-            say_other_base(opened.adapter, model, opened.folder)
+        if opened.adapter and (other := opened.adapter.other_base(model, opened.folder)):
+            click.echo(f"npvlm: {other}", err=True)
     return opened
 
 
@@ -185,15 +184,6 @@ def _say_when_crowded(model: Model) -> None:
             f"{said_bytes(mapped)} of weights and {said_bytes(free)} of memory: they are read from "
             "disk again and again, which is slow; `npvlm convert` makes them smaller."
         )
-        click.echo(f"npvlm: {note}", err=True)
-
-
-def say_other_base(adapter: Adapter, model: str, folder: Path) -> None:
-    """Say that an adapter names another base than the model at hand, if it does."""
-    from npvlm.files.adapters import same_name
-
-    if adapter.base and not same_name(adapter.base, model, folder):
-        note = f"{adapter.folder} was made for {adapter.base}; it is right if {model} is the same."
         click.echo(f"npvlm: {note}", err=True)
 
 

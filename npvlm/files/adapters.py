@@ -120,6 +120,12 @@ class Adapter:
     base_layers: dict[str, Stored]
     keeps_tied: bool
 
+    def other_base(self, model: str, folder: Path) -> str | None:
+        """What to say where the adapter names another base than this model; else None."""
+        if not self.base or same_name(self.base, model, folder):
+            return None
+        return f"{self.folder} was made for {self.base}; it is right if {model} is the same."
+
     def replace(self, weights: Mapping[str, Weight]) -> dict[str, Weight]:
         """The model's weights with those in their place that were trained as a whole.
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from npvlm.errors import NpvlmError
+from npvlm.files.checkpoint import listed
 from npvlm.files.deduced import Heads, deduce_config
 from npvlm.files.links import refuse_link_out, refuse_links_out
 from npvlm.files.masks import FILES as MASKS
@@ -193,7 +194,9 @@ def find_npz(place: Path) -> Path | None:
         return None
     if len(found) > 1:
         names = [file.name for file in found]
-        raise NpvlmError(f"{place} holds {len(found)} .npz files ({_listed(names)}); name one.")
+        raise NpvlmError(
+            f"{place} holds {len(found)} .npz files ({listed(names, _LISTED)}); name one."
+        )
     if found:
         refuse_links_out(place)
     return found[0] if found else None
@@ -224,7 +227,7 @@ def open_big_vision(path: Path) -> BigVision:
     unexpected = [name for name in inside if name not in needed]
     if missing or unexpected:
         kinds = (("missing", missing), ("unexpected", unexpected))
-        said = [f"{len(which)} {kind} ({_listed(which)})" for kind, which in kinds if which]
+        said = [f"{len(which)} {kind} ({listed(which, _LISTED)})" for kind, which in kinds if which]
         raise NpvlmError(
             f"{path}: arrays are not those of a PaliGemma {1 + gemma2}: {'; '.join(said)}; "
             "is it the checkpoint of another model?"
@@ -255,7 +258,8 @@ def _prefix(path: Path, names: Iterable[str]) -> str:
         return _PARAMS
     if len(found) > 1:
         raise NpvlmError(
-            f"{path} holds {len(found)} models ({_listed(found)}), expected one, or one in params/"
+            f"{path} holds {len(found)} models ({listed(found, _LISTED)}), expected one, or one "
+            "in params/"
         )
     if not found:
         raise NpvlmError(
@@ -319,8 +323,3 @@ def _turned(array: Array, axes: str, to: str, dtype: str) -> Turned:
     view = array.transpose([axes.index(letter) for letter in "".join(groups)])
     shape = tuple(math.prod(array.shape[axes.index(a)] for a in group) for group in groups)
     return Turned(view, shape, len(groups[0]), dtype == "bfloat16")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

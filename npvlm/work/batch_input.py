@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from npvlm.answers.lines import json_line
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.listing import list_pictures, picture_suffixes
-from npvlm.work.batch_parquet import Rows, is_parquet
+from npvlm.work.batch_parquet import Table, is_parquet
 
 LISTS = (".jsonl", ".csv")
 STDIN = "-"
@@ -119,7 +119,7 @@ def _parquet_items(names: Sequence[str], prompt: str | None) -> list[Item]:
         raise UsageError(f"{wrong[0]} is no Parquet file, expected no others beside one.")
     items: list[Item] = []
     for path in list_pictures(names):
-        rows = Rows(path)
+        rows = Table(path)
         places = [Stored(group, row) for group, n in enumerate(rows.groups) for row in range(n)]
         for number, (values, place) in enumerate(zip(rows, places, strict=True)):
             if not rows.bytes:

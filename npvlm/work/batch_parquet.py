@@ -38,7 +38,7 @@ def need_pyarrow() -> None:
         ) from None
 
 
-class Rows:
+class Table:
     """What a Parquet file asks, without its pictures.
 
     bytes : whether pictures are in it; else its column `image` has paths, as seen from its folder

@@ -72,6 +72,8 @@ def convert(
     weights = source.weights
     if adapter is not None:
         opened = open_adapter(adapter.expanduser())
+        if note := opened.other_base(str(model), place):
+            say(note)
         # Rows of a source are had as those of any weight, which is all that an adapter asks for.
         weights = opened.correct(opened.replace(cast("Mapping[str, Weight]", weights)))
     layout = {name: _tensors(name, weight, precision) for name, weight in weights.items()}

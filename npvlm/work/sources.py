@@ -24,6 +24,7 @@ from npvlm.files.checkpoint import (
     checkpoint_files,
     fit_rows,
     left_out,
+    listed,
     open_checkpoint,
     read_header,
 )
@@ -111,7 +112,7 @@ def _npz(file: Path, say: Say) -> Source:
     """A file of big_vision."""
     found = open_big_vision(file)
     if found.others:
-        what = _listed([f"{name} ({count})" for name, count in found.others.items()])
+        what = listed([f"{name} ({count})" for name, count in found.others.items()], _LISTED)
         say(f"arrays that are no weights of a PaliGemma are left out: {what}.")
     text = found.config["text_config"]
     if text["model_type"] == "gemma2":
@@ -355,8 +356,3 @@ def size_of(file: Small) -> int:
 
 def _json(values: Any) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
