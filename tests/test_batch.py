@@ -398,6 +398,8 @@ def test_errors_are_records_and_nothing_stops(whole: bytes, listed: Path) -> Non
     assert len(errors) == 9
     given = [record for record in found if "id" in record]
     assert [record["id"] for record in given] == list(range(18))
+    unnamed = [record for record in found if "line 8 has" in record.get("error", "")]
+    assert [record["image"] for record in unnamed] == [None]
     assert all("text" in record for record in given)
     assert {"boxes" in record for record in given if record["prompt"] == PROMPTS[2]} == {True}
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from npvlm.answers.boxes import Box
 from npvlm.answers.drawing import BLACK, COLOURS, SMALLEST, WASH, WHITE, draw_boxes, label_colours
+from npvlm.errors import shown
 
 
 @pytest.mark.parametrize("size", [(400, 300), (4000, 3000), (300, 4000)])
@@ -42,6 +43,13 @@ def test_labels_stay_on_the_picture(corner: tuple[int, int], label: str) -> None
     drawn = draw_boxes(Image.new("RGB", (400, 400), ground), [box])
     written = (np.asarray(drawn) != np.asarray(bare)).any(-1).sum()
     assert drawn.size == (400, 400) and written > 100
+
+
+@pytest.mark.parametrize("label", ["red\nsquare", "0\x1e\xb2", "\u202etac\x00"])
+def test_what_would_break_a_label_is_spelled_out(label: str) -> None:
+    picture = Image.new("RGB", (400, 400))
+    drawn = draw_boxes(picture, [Box(label, 100, 100, 200, 200)])
+    assert drawn == draw_boxes(picture, [Box(shown(label), 100, 100, 200, 200)])
 
 
 def test_labels_of_boxes_that_lie_upon_each_other_do_not() -> None:

@@ -26,7 +26,7 @@ from npvlm.answers.explanation import METHODS, Explanation, Word
 from npvlm.answers.heat import wash
 from npvlm.answers.occlusion import cover, log_odds, occlude, parts
 from npvlm.answers.reading import answer_rows, read_answer
-from npvlm.answers.words import shown, split_words, sureness
+from npvlm.answers.words import in_words, split_words, sureness
 from npvlm.cli import explain
 from npvlm.config import Config
 from npvlm.decoding.generate import logits
@@ -250,9 +250,9 @@ def test_scripts_without_spaces_are_cut_at_every_piece(text: str, words: list[st
 
 
 def test_boxes_are_shown_in_words() -> None:
-    assert shown(f" {BOX}") == "(box)"
-    assert shown(f"{BOX}{OUTLINE}") == "(box and outline)"
-    assert shown(" red") == "red" and shown("\n") == "(space)"
+    assert in_words(f" {BOX}") == "(box)"
+    assert in_words(f"{BOX}{OUTLINE}") == "(box and outline)"
+    assert in_words(" red") == "red" and in_words("\n") == "(space)"
     assert sureness("red", 0.994) == "99% sure" and sureness("red", 0.001) == "under 1% sure"
     assert sureness(BOX, 0.5) == "50% sure of these places"
 

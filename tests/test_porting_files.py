@@ -134,7 +134,13 @@ def test_a_changed_number_in_an_archive_is_found_when_it_is_read(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-8], lambda data: b"\x93NUMPY\x01\x00nonsense"]
+    "damage",
+    [
+        lambda data: data[:-8],
+        lambda data: b"\x93NUMPY\x01\x00nonsense",
+        lambda data: b"PK\x03\x04",  # how an archive begins
+        lambda data: b"\x80\x04.",  # a pickle
+    ],
 )
 def test_a_damaged_npy_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     np.save(tmp_path / "positions.npy", np.arange(9))

@@ -327,3 +327,9 @@ def test_an_array_of_any_shape_is_read_or_left_without_a_traceback(
     value = np.ones(data.draw(st.lists(sides, max_size=4)), np.float32)
     for one in layouts(value, stage, shapes[stage], CONFIG):
         assert one.value.shape == shapes[stage]
+
+
+def test_numbers_that_are_none_are_turned_without_a_warning() -> None:
+    value = np.array([np.inf, np.nan, np.finfo(np.float32).max] * 20, np.float32).reshape(1, 60)
+    found = list(layouts(value, Q, value.shape, CONFIG))
+    assert len(found) > 4 and all(one.value.shape == value.shape for one in found)

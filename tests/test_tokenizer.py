@@ -224,6 +224,7 @@ def test_tokens_that_tokenizer_config_adds_are_read(folder: Path) -> None:
         ("added_tokens.json", {"<new>": "7"}, "expected tokens with their ids"),
         ("added_tokens.json", {"<new>": -1}, "expected tokens with their ids"),
         ("added_tokens.json", {"": 399}, "expected tokens with their ids"),
+        ("added_tokens.json", {"\ud800": 399}, "expected tokens with their ids"),
         ("added_tokens.json", [], "expected a JSON object"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "expected tokens with"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"1": None}}, "expected tokens with"),

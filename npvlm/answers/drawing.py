@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from npvlm.answers.boxes import Box
 from npvlm.answers.fonts import Font, font_for
 from npvlm.answers.masks import outlines, place
+from npvlm.errors import shown
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
@@ -62,7 +63,7 @@ def draw_boxes(
     taken: list[Rectangle] = []
     for box, corners in zip(boxes, placed, strict=True):
         text = " ".join(
-            filter(None, [box.label, f"{box.confidence:.2f}" if box.confidence else ""])
+            filter(None, [shown(box.label), f"{box.confidence:.2f}" if box.confidence else ""])
         )
         if text:
             taken.append(_write(pen, text, corners, colours[box.label], line, drawn.size, taken))

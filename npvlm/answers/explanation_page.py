@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from npvlm.answers.heat import shows, wash
-from npvlm.answers.words import shown, sureness
+from npvlm.answers.words import in_words, sureness
 
 if TYPE_CHECKING:
     from npvlm.answers.explanation import Explanation, Word
@@ -84,7 +84,7 @@ def _button(number: int, word: Word, explanation: Explanation) -> str:
     return (
         f'<button type="button" id="word-{number}" aria-pressed="false" '
         f'aria-description="{sure}; {place}" style="--share:{word.probability:.3f}">'
-        f"{html.escape(shown(word.text))}</button>\n"
+        f"{html.escape(in_words(word.text))}</button>\n"
     )
 
 

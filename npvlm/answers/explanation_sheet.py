@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw
 
 from npvlm.answers.fonts import font_for
 from npvlm.answers.heat import lit, peak_of, shows
-from npvlm.answers.words import shown, sureness
+from npvlm.answers.words import in_words, sureness
+from npvlm.errors import shown
 
 if TYPE_CHECKING:
     from npvlm.answers.explanation import Explanation
@@ -49,7 +50,7 @@ def sheet(explanation: Explanation) -> Image.Image:
     panels = [Panel(picture, "", "the picture")]
     for word in explanation.words:
         sure = sureness(word.text, word.probability)
-        panels.append(heat_panel(picture, word.heat, method, shown(word.text), sure))
+        panels.append(heat_panel(picture, word.heat, method, in_words(word.text), sure))
     how = f"{explanation.model}, {explanation.precision}, {method}"
     return lay_out(panels, explanation.prompt, how, method)
 
@@ -124,7 +125,7 @@ def _write(
     middle: bool = False,
 ) -> None:
     """One line, cut where it has no room."""
-    text = " ".join(text.split())
+    text = shown(" ".join(text.split()))
     font = font_for(text, size)
     if font.getlength(text) > wide:
         while text and font.getlength(f"{text}...") > wide:

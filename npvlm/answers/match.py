@@ -19,7 +19,7 @@ from PIL import Image
 
 from npvlm.answers.explanation_sheet import Panel, heat_panel, lay_out, scaled
 from npvlm.answers.heat import peak_of
-from npvlm.answers.words import shown, split_words
+from npvlm.answers.words import in_words, split_words
 from npvlm.decoding.prompt import QUERY_PADS, Tokenizer
 from npvlm.files.output import save_picture
 from npvlm.model.weights import Array
@@ -74,7 +74,7 @@ class Match:
         picture = scaled(self.picture)
         panels = [Panel(picture, "", "the page")]
         panels.append(self._panel(picture, self.heat, "(all)", self.score))
-        panels += [self._panel(picture, w.heat, shown(w.text), w.score) for w in self.words]
+        panels += [self._panel(picture, w.heat, in_words(w.text), w.score) for w in self.words]
         how = f"{self.page}, {self.model}, {self.precision}"
         save_picture(lay_out(panels, self.query, how, "match"), Path(path))
 

@@ -39,7 +39,7 @@ def split_words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Span]:
     return words
 
 
-def shown(text: str) -> str:
+def in_words(text: str) -> str:
     """A word as people read it: the tokens of a box, in words."""
     if not _PLACE.search(text):
         return text.strip() if text.strip() else "(space)"

@@ -209,7 +209,7 @@ def fit_rows(config: Config, stored: Mapping[str, Any]) -> Config:
     those behind it, which stand in the published files to make their number a multiple of 64.
     """
     table = stored.get(EMBED_TOKENS, stored.get(LM_HEAD))
-    rows = 0 if table is None else table.shape[0]
+    rows = table.shape[0] if table is not None and table.shape else 0
     if not config.image_token_index <= rows < config.text_config.vocab_size:
         return config
     return replace(config, text_config=replace(config.text_config, vocab_size=rows))

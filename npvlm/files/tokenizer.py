@@ -21,6 +21,7 @@ IMAGE = "<image>"
 _SILENT = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>", IMAGE)
 _NEEDED = {"bos_id": "<bos>", "eos_id": "<eos>", "pad_id": "<pad>", "newline_id": "\n"}
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_HALVES = re.compile("[\ud800-\udfff]")  # of characters: JSON can write one alone
 _TAB = "<0x09>"
 _SPACE = "\u2581"
 _LONGEST_RUN = 31
@@ -266,7 +267,8 @@ def _add(
     added: dict[str, int], pieces: SentencePieceProcessor, piece: Any, token_id: Any, path: Path
 ) -> bool:
     """Note an added token, and tell whether it is anything that the pieces do not have."""
-    if not isinstance(piece, str) or not piece or type(token_id) is not int or token_id < 0:
+    fine = isinstance(piece, str) and piece and not _HALVES.search(piece)
+    if not fine or type(token_id) is not int or token_id < 0:
         raise NpvlmError(f"{path} lists {str(piece)[:40]!r}, expected tokens with their ids")
     if _piece_id(pieces, piece) == token_id:
         return False
@@ -313,10 +315,7 @@ def _with_own(
 
 def _piece_id(pieces: SentencePieceProcessor, piece: str) -> int | None:
     """Return a piece's id, or None where the vocabulary has no such piece."""
-    try:
-        found = int(pieces.piece_to_id(piece))
-    except UnicodeEncodeError:
-        return None
+    found = int(pieces.piece_to_id(piece))
     return found if found >= 0 and _piece(pieces, found) == piece else None
 
 

@@ -36,7 +36,7 @@ from npvlm.model.weights import (
 Index = NDArray[np.int64]
 
 BLOCK = 2**20  # weights widened at a time: 4 MB as float32, which stay in the cache
-RUN = 128  # terms of a sum that are added one after the other
+RUN = 64  # terms of a sum that are added one after the other
 
 
 def linear(x: Array, w: Weight, bias: Weight | None = None) -> Array:

@@ -264,7 +264,7 @@ def _open_folder(path: Path) -> Dump:
     arrays, dtypes = {}, {}
     for name, file in files.items():
         try:
-            arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+            arrays[name] = np.lib.format.open_memmap(file, mode="r")
         except Exception as error:  # a damaged header makes its reader raise nearly anything
             raise NpvlmError(
                 f"{file} cannot be read as .npy: its header is not as NumPy writes it, or the "

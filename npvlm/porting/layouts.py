@@ -164,8 +164,9 @@ def _turned(one: Layout, stage: str, config: Config) -> Iterator[Layout]:
                 if not how:
                     continue  # as it is
                 x = np.concatenate([heads[..., ::2], heads[..., 1::2]], -1) if paired else heads
-                x = x if turn is None else ops.rope(x, turn, text.rope_theta)
-                x = x if factor == 1.0 else x / x.dtype.type(factor)
+                with np.errstate(over="ignore", invalid="ignore"):  # any array may be tried
+                    x = x if turn is None else ops.rope(x, turn, text.rope_theta)
+                    x = x if factor == 1.0 else x / x.dtype.type(factor)
                 yield Layout(_said(one.how, how), x.reshape(one.value.shape))
 
 

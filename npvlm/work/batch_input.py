@@ -150,7 +150,8 @@ def _item(
     ]
     if wrong:
         error = f"line {number} has no text as {wrong[0]!r}"
-        image, prompt = (v if isinstance(v, str) else None for v in (image, prompt))
+        image = None if "image" in wrong else image
+        prompt = None if "prompt" in wrong else prompt
         return Item(index, image, prompt, path, extra, error)
     return Item(index, image, prompt, path.parent / str(image), extra)
 
