@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -16,7 +17,6 @@ import npvlm
 from npvlm.errors import NpvlmError
 from npvlm.files.writer import Stack
 from npvlm.model.weights import Array
-from npvlm.work import features as module
 from npvlm.work.demo import draw_picture
 from npvlm.work.features import save_features
 from tests.lora import lora_tensors, save_lora
@@ -151,8 +151,8 @@ def test_an_earlier_file_stays_until_the_new_one_is_whole(folder: Path, tmp_path
 def test_a_disk_that_is_too_small_is_said_before_the_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = module.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(NpvlmError, match="name fewer pictures or layers"):
         save_features(
             npvlm.load("shapes"), [folder / "01.png"], tmp_path / "x.safetensors", [], None,

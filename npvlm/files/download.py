@@ -12,7 +12,6 @@ import errno
 import hashlib
 import io
 import re
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from typing import Any
 from npvlm.errors import NpvlmError
 from npvlm.files.checkpoint import INDEX, SINGLE
 from npvlm.files.hub import CONFIG, Wanted, cache_folder, endpoint, storage_of
-from npvlm.files.output import new_file
+from npvlm.files.output import check_room, new_file
 
 # What npvlm reads beside the weights.
 SETTINGS = (
@@ -36,7 +35,6 @@ SETTINGS = (
     "added_tokens.json",
 )
 _TIMEOUT = 30  # seconds for the hub to say what there is
-_ROOM = 2**26  # bytes left for everyone else
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
@@ -328,14 +326,9 @@ def _size_of(path: Path) -> int:
 
 def _check_room(remote: Remote) -> None:
     """Refuse what does not fit on the disk."""
-    cache, needed = cache_folder(), remote.bytes_to_come()
-    disk = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(disk).free
-    if needed and free < needed + _ROOM:
-        raise NpvlmError(
-            f"{cache} has {free / 1e9:.1f} GB left, expected {needed / 1e9:.1f} GB for "
-            f"{remote.wanted.name}; make room, or set HF_HOME to a folder on another disk."
-        )
+    if needed := remote.bytes_to_come():
+        otherwise = "make room, or set HF_HOME to a folder on another disk."
+        check_room(cache_folder(), needed, otherwise)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from PIL import Image
 
 from npvlm.errors import NpvlmError, UsageError
 
+_ROOM = 2**26  # bytes that are left for other files and for everyone else
+
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all.
@@ -125,6 +127,21 @@ def check_new(folder: Path) -> None:
         raise UsageError(f"{folder} is there already, expected a new or an empty folder.")
     if not folder.parent.is_dir():
         raise UsageError(f"{folder.parent} is no folder; make it first.")
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes that are free where a folder lies, or will."""
+    folder = place_of(folder)
+    return shutil.disk_usage(next(at for at in (folder, *folder.parents) if at.exists())).free
+
+
+def check_room(folder: Path, needed: int, otherwise: str) -> None:
+    """Refuse a folder whose disk has no room for so many bytes, and say what to do otherwise."""
+    free = disk_free(folder)
+    if free < needed + _ROOM:
+        raise NpvlmError(
+            f"{folder} has {free / 1e9:.1f} GB left, expected {needed / 1e9:.1f} GB; {otherwise}"
+        )
 
 
 @contextmanager

@@ -6,7 +6,6 @@ A 28B needs no more memory than a 3B.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from npvlm.config import FORMAT_VERSION, PACKED, Values, parse_config
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.adapters import open_adapter
 from npvlm.files.checkpoint import INDEX, open_checkpoint
-from npvlm.files.output import check_new, new_folder, place_of
+from npvlm.files.output import check_new, check_room, new_folder, place_of
 from npvlm.files.packed import Rows, blocks_of, packing, part_tensors, parts_of
 from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
 from npvlm.kernels.packing import PACKERS
@@ -80,7 +79,8 @@ def convert(
     total = sum(tensor.bytes for tensors in layout.values() for tensor in tensors.values())
 
     with new_folder(destination) as draft:
-        _check_space(draft, total + sum(map(size_of, source.files.values())))
+        needed = total + sum(map(size_of, source.files.values()))
+        check_room(destination.parent, needed, "name a place on another disk.")
         for file_name, small in source.files.items():
             (draft / file_name).write_bytes(content_of(small))
         values = _config(source.values, precision)
@@ -183,15 +183,6 @@ def _retyped(values: Values, precision: str) -> dict[str, Any]:
         else value
         for key, value in values.items()
     }
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise NpvlmError(
-            f"{folder.parents[1]} has {free / 1e9:.1f} GB left, expected {needed / 1e9:.1f} GB; "
-            "name a place on another disk."
-        )
 
 
 def _write_json(path: Path, values: Values) -> None:

@@ -6,7 +6,6 @@ Axis letters: N pictures that could be read · P patches · D width of the decod
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -16,8 +15,10 @@ from numpy.typing import NDArray
 
 from npvlm.api import Failed, Model, Seen
 from npvlm.errors import NpvlmError
-from npvlm.files.output import new_file
+from npvlm.files.output import check_room, new_file, place_of
 from npvlm.files.writer import Stack
+
+_OTHERWISE = "name fewer pictures or layers, or a place on another disk."
 
 
 def save_features(
@@ -64,7 +65,8 @@ def save_features(
                 continue
             arrays = _arrays(model, found, layers, prompt)
             if stack is None:
-                _check_space(output, len(pictures) * sum(a.nbytes for a in arrays.values()))
+                needed = len(pictures) * sum(array.nbytes for array in arrays.values())
+                check_room(place_of(output).parent, needed, _OTHERWISE)
                 rows = {name: array.shape for name, array in arrays.items()}
                 longest = metadata([_name(picture) for picture in pictures])
                 stack = Stack(file, rows, len(pictures), longest)
@@ -91,13 +93,3 @@ def _arrays(
 
 def _name(picture: Path | BinaryIO) -> str:
     return str(picture if isinstance(picture, Path) else picture.name)
-
-
-def _check_space(output: Path, needed: int) -> None:
-    folder = output.expanduser().resolve().parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise NpvlmError(
-            f"{folder} has {free / 1e9:.1f} GB left, expected {needed / 1e9:.1f} GB; name fewer "
-            "pictures or layers, or a place on another disk."
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from npvlm.errors import NpvlmError
 from npvlm.files import hub
 from npvlm.files.memory import available_memory
 from npvlm.files.needs import weight_bytes, working_bytes
+from npvlm.files.output import disk_free
 from npvlm.files.published import LICENCE, OWNER, PUBLISHED, STORED, Published, config_values
 
 OWN_LICENCE = "Apache-2.0"
@@ -73,7 +73,8 @@ def list_models(words: tuple[str, ...] = ()) -> Listing:
     ----------
     words : each must be part of the name, or a word of what the model is for
     """
-    free, disk, place = available_memory(), _disk_free(), hub.cache_folder()
+    place = hub.cache_folder()
+    free, disk = available_memory(), disk_free(place)
     found = [
         _bundled(path, free, disk)
         for path in sorted(BUNDLED.iterdir())
@@ -156,9 +157,3 @@ def _state(model: Published) -> str:
         return "yes" if hub.find_cached(hub.Wanted(f"{OWNER}/{model.name}", None)) else ""
     except NpvlmError:
         return "part"
-
-
-def _disk_free() -> int:
-    """Bytes that are free where models are fetched to."""
-    place = hub.cache_folder().absolute()
-    return shutil.disk_usage(next(at for at in (place, *place.parents) if at.exists())).free

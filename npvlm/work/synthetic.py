@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -22,12 +21,13 @@ import numpy as np
 from npvlm.config import Values, parse_config
 from npvlm.errors import NpvlmError
 from npvlm.files.names import Shapes, expected_shapes
-from npvlm.files.output import check_new, new_folder, place_of, scratch_folder
+from npvlm.files.output import check_new, check_room, new_folder, place_of, scratch_folder
 from npvlm.files.published import config_values, preprocessor_values
 
 BLOCK = 4_194_301  # numbers in the block; a prime, so that no two rows of a weight are alike
 SPREAD = np.float32(0.02)
 WEIGHTS = "model.safetensors"
+ELSEWHERE = "name another place with --save or in $TMPDIR."  # where there is no room
 
 
 def synthetic_config(name: str) -> dict[str, Any]:
@@ -53,22 +53,10 @@ def check_place(values: Values, folder: Path | None) -> None:
     NpvlmError
         Where the disk has too little room.
     """
-    if folder is None:
-        check_disk(Path(tempfile.gettempdir()), weight_bytes(values))
-        return
-    folder = place_of(folder)
-    check_new(folder)
-    check_disk(folder.parent, weight_bytes(values))
-
-
-def check_disk(folder: Path, needed: int) -> None:
-    """Refuse a folder whose disk has too little room."""
-    free = shutil.disk_usage(folder).free
-    if free < needed + 2**26:  # some room for the other files and for everyone else
-        raise NpvlmError(
-            f"{folder} has {free / 1e9:.1f} GB left, expected {needed / 1e9:.1f} GB for random "
-            "weights; name another place with --save or in $TMPDIR."
-        )
+    if folder is not None:
+        check_new(place_of(folder))
+    around = Path(tempfile.gettempdir()) if folder is None else place_of(folder).parent
+    check_room(around, weight_bytes(values), ELSEWHERE)
 
 
 @contextmanager

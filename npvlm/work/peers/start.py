@@ -14,11 +14,11 @@ import numpy as np
 
 from npvlm.config import TextConfig, Values, parse_config
 from npvlm.errors import UsageError
-from npvlm.files.output import scratch_folder
+from npvlm.files.output import check_room, scratch_folder
 from npvlm.work.peers.gguf import KINDS, gguf_bytes, write_gguf
 from npvlm.work.peers.process import Worker, worker
 from npvlm.work.rounds import Inputs
-from npvlm.work.synthetic import check_disk, weight_bytes
+from npvlm.work.synthetic import ELSEWHERE, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Peer:
             settings: dict[str, Any] = {"new_tokens": new_tokens, "threads": threads}
             if self.is_llama:
                 kind = KINDS[self.precision]
-                check_disk(scratch, gguf_bytes(text, kind))
+                check_room(scratch, gguf_bytes(text, kind), ELSEWHERE)
                 write_gguf(scratch / "decoder.gguf", text, kind)
                 settings |= {
                     "file": str(scratch / "decoder.gguf"),
