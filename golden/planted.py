@@ -26,7 +26,8 @@ from golden.oracle import RECIPES
 from golden.planted_correct import CORRECT, Correct, save
 from golden.planted_mistakes import MISTAKES, Mistake
 from golden.planted_port import Dump, Family, narrow, run, staged
-from npvlm.api import BUNDLED, Model
+from npvlm.api import Model
+from npvlm.opening import BUNDLED
 from npvlm.porting.compare import LIMIT, Report, compare
 from npvlm.porting.dumps import save_trace
 from npvlm.porting.floors import Floors, floors

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,23 +45,19 @@ from npvlm.asked import (
     pairs_of,
     texts_of,
 )
-from npvlm.computing import Turns
-from npvlm.config import PRECISIONS, Config, read_config
+from npvlm.computing import TURNS
+from npvlm.config import Config, read_config
 from npvlm.decoding.beams import beam_search
 from npvlm.decoding.generate import generate, logits
 from npvlm.decoding.prompt import TextStream, layout
 from npvlm.decoding.sampling import Chooser, Sampling, draw_seed
 from npvlm.decoding.score import score
 from npvlm.errors import NpvlmError, UsageError
-from npvlm.files import hub
 from npvlm.files.adapters import Adapter, open_adapter
-from npvlm.files.big_vision import convert_command, find_npz
-from npvlm.files.checkpoint import fit_rows, open_checkpoint
-from npvlm.files.links import refuse_links_out
+from npvlm.files.checkpoint import fit_rows
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
 from npvlm.files.memory import check_memory
-from npvlm.files.needs import packed_bytes, run_bytes, working_bytes
-from npvlm.files.packed import at_precision
+from npvlm.files.needs import run_bytes
 from npvlm.files.pictures import (
     Preprocessor,
     open_picture,
@@ -69,16 +65,14 @@ from npvlm.files.pictures import (
     read_preprocessor,
 )
 from npvlm.files.tokenizer import Tokenizer, load_tokenizer
-from npvlm.model import ops as definitions
 from npvlm.model import paligemma, vqvae
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap, closed
-from npvlm.model.weights import PACKERS, Array, Packer, Weights
+from npvlm.model.weights import Array, Weights
+from npvlm.opening import find_folder, open_weights
 from npvlm.packs import PACKED_TOKENS, Prepared, Started, UntilError, packs_of, read_ahead
 
 MOST_BEAMS = 100  # each has keys and values of its own, and a row of scores
-
-BUNDLED = Path(__file__).parent / "bundled"
 
 __all__ = [
     "Answer",
@@ -93,9 +87,6 @@ __all__ = [
     "Seen",
     "load",
 ]
-
-
-TURNS = Turns()
 
 
 def load(
@@ -157,93 +148,6 @@ def open_model(
         config, tokenizer = fitted, load_tokenizer(folder, fitted)
     read = tokenizer, preprocessor
     return Model(str(model), folder, config, weights, *read, precision, namespace, opened)
-
-
-def open_weights(
-    folder: Path,
-    config: Config,
-    precision: str | None,
-    ops: str,
-    adapter: Adapter | None = None,
-) -> tuple[Weights, str, ModuleType]:
-    """The weights of a folder as a precision computes with them, its name, and what computes.
-
-    Parameters and errors are those of `load`.
-    """
-    precision = _precision(folder, config, precision)
-    namespace, packers = _namespace(ops)
-    weights = open_checkpoint(folder, config)
-    if adapter:
-        weights = adapter.replace(weights)
-    packed = 0 if config.quantization else packed_bytes(weights, precision)
-    what = f"{folder} in {precision}, with one picture," if packed else f"{folder} with one picture"
-    smaller = "convert it on a larger machine" if packed else "take a smaller model"
-    check_memory(packed + working_bytes(config), what, f"stop other programs, or {smaller}")
-    if not config.quantization:
-        with TURNS.take(namespace):
-            weights = at_precision(weights, precision, packers)
-    if adapter:
-        weights = adapter.correct(weights)
-    return Weights(weights), precision, namespace
-
-
-def _namespace(ops: str) -> tuple[ModuleType, Mapping[str, Packer]]:
-    """What to compute with and what to pack with; numba is imported only by those who use it."""
-    if ops == "numpy":
-        return definitions, PACKERS
-    if ops == "kernels":
-        from npvlm import kernels
-        from npvlm.kernels import packing
-
-        return kernels, packing.PACKERS
-    raise UsageError(f'ops is {ops!r}, expected "kernels" or "numpy".')
-
-
-def find_folder(model: str | Path) -> Path:
-    """The folder of a model: a bundled one, a checkpoint folder, or one in the hub's cache.
-
-    A bundled one is as it was installed; any other may be a stranger's.
-    """
-    bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
-    folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
-    if str(model) and (file := find_npz(folder)):
-        raise NpvlmError(
-            f"{file} is an .npz file, expected a folder of safetensors; a checkpoint of big_vision "
-            f"becomes one by {convert_command(file)}"
-        )
-    try:
-        found = folder.is_dir() and str(model) != ""
-    except OSError:  # a name too long for a file
-        found = False
-    if found:
-        if folder.parent != BUNDLED:
-            refuse_links_out(folder)
-        return folder
-    wanted = hub.parse_name(str(model))
-    if wanted and (cached := hub.find_cached(wanted)):
-        refuse_links_out(cached)
-        return cached
-    if wanted and wanted.published:
-        size = f"{wanted.published.bytes / 1e9:.1f} GB"
-        raise NpvlmError(
-            f"{model} is not on this machine; `npvlm fetch {model}` brings it ({size})."
-        )
-    raise NpvlmError(
-        f"{str(model)!r} is no model; expected a bundled one ({', '.join(bundled)}), a checkpoint "
-        "folder, or one that `npvlm fetch` has brought (`npvlm models` lists those there are)."
-    )
-
-
-def _precision(folder: Path, config: Config, asked: str | None) -> str:
-    """What a folder is computed with: what is asked for, if there is that and it fits."""
-    if asked is not None and asked not in PRECISIONS:
-        raise UsageError(f"precision is {asked!r}, expected one of {', '.join(PRECISIONS)}.")
-    packed = config.quantization
-    if packed and asked not in (packed, None):
-        raise UsageError(
-            f"{folder} is packed for {packed}, expected {asked}; name the original checkpoint."
-        )
-    return packed or asked or "float32"
 
 
 @dataclass(frozen=True)

@@ -50,3 +50,6 @@ class Turns:
         compiling = sys.modules.get("npvlm.kernels.compiling")
         if compiling is not None and compiling.threads_end_at_fork():
             self._lost = sys.modules["npvlm.kernels"]
+
+
+TURNS = Turns()

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npvlm.answers.match import Match, matched_words
-from npvlm.api import TURNS, Model, open_model
+from npvlm.api import Model, open_model
 from npvlm.asked import Shown, check_text, check_whole
+from npvlm.computing import TURNS
 from npvlm.config import Fields, read_json
 from npvlm.decoding.passes import trusted
 from npvlm.decoding.prompt import layout, query_layout

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from npvlm.api import BUNDLED
 from npvlm.config import read_config, read_json
 from npvlm.files.checkpoint import open_checkpoint
 from npvlm.model.weights import unpack
+from npvlm.opening import BUNDLED
 
 WIDTH = 24
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import npvlm
-from npvlm.api import BUNDLED
 from npvlm.cli.commands import COMMANDS
 from npvlm.errors import UsageError
+from npvlm.opening import BUNDLED
 from npvlm.porting.compare import compare, model_of
 from npvlm.porting.dumps import save_trace
 from npvlm.porting.trace import trace

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import npvlm
-from npvlm.api import BUNDLED, Model
+from npvlm.api import Model
+from npvlm.opening import BUNDLED
 from npvlm.work.demo import THINGS, draw_picture
 from npvlm.work.scenes import mask_of
 

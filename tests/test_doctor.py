@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import npvlm
-from npvlm import api, kernels
+from npvlm import kernels, opening
 from npvlm.api import Model
 from npvlm.config import parse_config
 from npvlm.errors import NpvlmError
@@ -156,8 +156,8 @@ def altered(tmp_path: Path) -> Path:
 
 def test_an_altered_byte_of_the_weights_is_found_and_exits_with_1(altered: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from npvlm import api\n"
-        f"api.BUNDLED = Path({str(altered)!r})\n"
+        "import sys; from pathlib import Path; from npvlm import opening\n"
+        f"opening.BUNDLED = Path({str(altered)!r})\n"
         "from npvlm.cli import main\nsys.argv = ['npvlm', 'doctor']; main()"
     )
     result = subprocess.run(
@@ -171,7 +171,7 @@ def test_an_altered_byte_of_the_weights_is_found_and_exits_with_1(altered: Path)
 
 
 def test_a_bundled_file_that_is_missing_is_found(altered: Path, monkeypatch) -> None:
-    monkeypatch.setattr(api, "BUNDLED", altered)
+    monkeypatch.setattr(opening, "BUNDLED", altered)
     (altered / "shapes" / "tokenizer.model").unlink()
     found = bundled.check_files()
     assert found.verdict == WRONG and "shapes/tokenizer.model" in found.says

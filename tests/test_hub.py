@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import npvlm
-from npvlm.api import find_folder
 from npvlm.errors import NpvlmError
 from npvlm.files import hub as names
+from npvlm.opening import find_folder
 from tests.hub_double import COMMIT, REPO, Hub, digest, serve
 from tests.test_cli import CLI, ROOT, one_line, photo, run  # noqa: F401
 

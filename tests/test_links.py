@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from npvlm.api import BUNDLED, find_folder
 from npvlm.errors import NpvlmError
 from npvlm.files import links
 from npvlm.files.links import refuse_links_out
+from npvlm.opening import BUNDLED, find_folder
 from npvlm.porting.dumps import open_dump
 
 

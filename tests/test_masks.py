@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 from npvlm.answers.boxes import Box
 from npvlm.answers.drawing import draw_boxes
 from npvlm.answers.masks import cut_out, outlines, place, run_lengths
-from npvlm.api import BUNDLED
 from npvlm.errors import NpvlmError
 from npvlm.files.masks import find_mask_decoder, open_mask_decoder
+from npvlm.opening import BUNDLED
 from tests.test_vqvae import published_weights
 
 ROWS, COLUMNS = np.mgrid[:64, :64]

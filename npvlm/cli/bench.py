@@ -99,7 +99,7 @@ def bench(
         raise click.UsageError("--save keeps what --synthetic writes: name a size with it.")
     if adapter is not None and (synthetic is not None or against is not None):
         raise click.UsageError("--adapter is for a --model, and other programs run without it.")
-    from npvlm.api import find_folder
+    from npvlm.opening import find_folder
     from npvlm.work.bench import Plan, bench_synthetic
     from npvlm.work.bench import bench as run
     from npvlm.work.synthetic import synthetic_config

@@ -35,8 +35,8 @@ def fetch(model: str, revision: str | None, dry_run: bool, quiet: bool) -> None:
     what broke off goes on where it ended. The folder is in the cache that the hub's own tools use
     (HF_HOME); HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are theirs as well.
     """
-    from npvlm.api import BUNDLED
     from npvlm.files import download, hub
+    from npvlm.opening import BUNDLED
 
     def say(what: str) -> None:
         if not quiet:

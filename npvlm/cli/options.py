@@ -148,9 +148,10 @@ def open_model(
     adapter: Path | None = None,
 ) -> Model:
     """Load a model; what takes a while the first time is said, unless it is to be quiet."""
-    from npvlm.api import find_folder, load
+    from npvlm.api import load
     from npvlm.errors import NpvlmError
     from npvlm.files.checkpoint import left_out
+    from npvlm.opening import find_folder
 
     try:
         find_folder(model)

@@ -30,10 +30,10 @@ def tokens(prompt: str, model: str | None, images: int, as_json: bool, quiet: bo
     npvlm tokens "detect cat ; dog" --model paligemma-3b-mix-224
     """
     from npvlm.answers.lines import json_line
-    from npvlm.api import find_folder
     from npvlm.config import read_config
     from npvlm.decoding.prompt import layout
     from npvlm.files.tokenizer import load_tokenizer
+    from npvlm.opening import find_folder
 
     folder = find_folder(named_model(model, quiet))
     config = read_config(folder)

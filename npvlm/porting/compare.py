@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from npvlm.api import Model, find_folder, load
+from npvlm.api import Model, load
 from npvlm.config import Config, parse_config, read_json
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.model.weights import Array
+from npvlm.opening import find_folder
 from npvlm.porting.dumps import Dump, open_dump
 from npvlm.porting.floors import LEAST
 from npvlm.porting.kinds import Kind, best_scale, kind_of, plain

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 import npvlm
-from npvlm.api import Model, find_folder, load
+from npvlm.api import Model, load
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.output import new_folder
 from npvlm.files.pictures import open_picture, resize, scale_colours
 from npvlm.model.weights import Array
+from npvlm.opening import find_folder
 from npvlm.porting.dumps import save_trace
 from npvlm.porting.floors import LEAST, PRECISIONS, Floors, floors, to_bfloat16, to_float16
 from npvlm.porting.kit_models import save_random_models

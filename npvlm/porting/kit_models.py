@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from npvlm.api import find_folder
 from npvlm.config import parse_config, read_json
 from npvlm.files.names import EMBED_TOKENS, expected_shapes
 from npvlm.files.writer import Tensor, tensor_file
 from npvlm.model.weights import Array, round_to_bfloat16
+from npvlm.opening import find_folder
 
 VOCABULARY = "shapes"  # the bundled model whose tokenizer the random ones share
 UNUSED_ROWS = 5  # of the embedding, beyond the last token: real models have some

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import npvlm
-from npvlm.api import Model, find_folder
+from npvlm.api import Model
 from npvlm.config import Config, read_json
 from npvlm.decoding.generate import generate
 from npvlm.decoding.prompt import layout
@@ -28,6 +28,7 @@ from npvlm.model.cache import Rows, new_cache
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap, within
 from npvlm.model.weights import Array, Weights
+from npvlm.opening import find_folder
 from npvlm.porting.stages import SCHEMA, chosen
 
 PACKAGE = Path(npvlm.__file__).parent

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from npvlm import __version__
 from npvlm.answers.lines import json_line
-from npvlm.api import Model, find_folder, load
+from npvlm.api import Model, load
 from npvlm.config import read_config
 from npvlm.errors import NpvlmError, UsageError
+from npvlm.opening import find_folder
 from npvlm.work.batch import answer, group_of, pictures_of
 from npvlm.work.batch_input import Item
 

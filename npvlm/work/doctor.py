@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from npvlm.api import Model, find_folder, load
+from npvlm.api import Model, load
 from npvlm.errors import NpvlmError
 from npvlm.files.memory import available_memory
 from npvlm.files.names import EMBED_TOKENS
 from npvlm.files.needs import weight_bytes, working_bytes
+from npvlm.opening import find_folder
 from npvlm.work.checks.bundled import NAME, check_definitions, check_files, check_goldens
 from npvlm.work.checks.finding import NOTE, OK, WRONG, Check, Finding, run_check
 from npvlm.work.checks.machine import machine_checks

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from npvlm.api import find_folder, open_model
+from npvlm.api import open_model
 from npvlm.config import PRECISIONS, Config, parse_config, read_config
 from npvlm.errors import NpvlmError
 from npvlm.files.big_vision import TOKENIZERS, BigVision, find_npz, open_big_vision
@@ -32,6 +32,7 @@ from npvlm.files.names import EMBED_TOKENS, LM_HEAD, expected_shapes, spelling
 from npvlm.files.needs import weight_bytes, working_bytes
 from npvlm.files.pictures import read_preprocessor
 from npvlm.files.tokenizer import IMAGE, load_tokenizer, piece_ids
+from npvlm.opening import find_folder
 from npvlm.work.kinds import Kind, likely_kind, raw_values
 
 # Text type, width, layers, inner width, query heads, key/value heads, width of a head.

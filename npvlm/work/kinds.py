@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npvlm.api import BUNDLED
 from npvlm.config import Values, read_json
 from npvlm.errors import NpvlmError
+from npvlm.opening import BUNDLED
 
 _PUBLISHED = re.compile(
     r"(?<![a-z0-9])paligemma[-_]?2?[-_](?:3b|10b|28b)[-_](pt|mix|ft)(?:[-_]([a-z0-9-]+?))?"

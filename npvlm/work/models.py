@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from npvlm.api import BUNDLED
 from npvlm.config import PACKED, PRECISIONS, Config, parse_config, read_config
 from npvlm.errors import NpvlmError
 from npvlm.files import hub
@@ -16,6 +15,7 @@ from npvlm.files.memory import available_memory
 from npvlm.files.needs import weight_bytes, working_bytes
 from npvlm.files.output import disk_free
 from npvlm.files.published import LICENCE, OWNER, PUBLISHED, STORED, Published, config_values
+from npvlm.opening import BUNDLED
 
 OWN_LICENCE = "Apache-2.0"
 _OWN_PURPOSES = {"shapes": "a toy in the box: drawn circles, squares, triangles, stars, numbers"}

@@ -13,7 +13,6 @@ from types import ModuleType
 
 import numpy as np
 
-from npvlm.api import open_weights
 from npvlm.config import Config, read_config
 from npvlm.decoding.generate import Token, generate
 from npvlm.files.adapters import open_adapter
@@ -21,6 +20,7 @@ from npvlm.model import paligemma
 from npvlm.model.ops import Index
 from npvlm.model.tap import closed
 from npvlm.model.weights import Array, Weights
+from npvlm.opening import open_weights
 from npvlm.work.peers.process import Round
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from npvlm.api import find_folder
 from npvlm.config import Config, Values, parse_config, read_config, read_json, read_small
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.big_vision import TOKENIZERS, find_npz, open_big_vision
@@ -36,6 +35,7 @@ from npvlm.files.published import preprocessor_values
 from npvlm.files.resample import resample_positions
 from npvlm.files.tokenizer import load_tokenizer, tokens_to_add
 from npvlm.model.weights import unpack
+from npvlm.opening import find_folder
 
 LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in other formats larger
 TOKENIZER = TOKENIZERS[0]

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from npvlm.api import Model, find_folder, load
+from npvlm.api import Model, load
 from npvlm.config import read_json
 from npvlm.kernels.vectors import features
+from npvlm.opening import find_folder
 from npvlm.work.checks.finding import NOTE, Finding, settle
 
 NAME = "shapes"
