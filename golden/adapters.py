@@ -29,7 +29,9 @@ from golden.oracle import RECIPES, STEPS, Recipe
 
 FOLDER = Path(__file__).resolve().parent / "adapters"
 STORED = {  # a checkpoint beside this folder, and a variant
+    "pg1-moved": ("pg1", "moved"),
     "pg1-patterns": ("pg1", "patterns"),
+    "pg1-spelled": ("pg1", "spelled"),
     "pg1-trained": ("pg1", "trained"),
     "pg2-dora": ("pg2", "dora"),
     "pg2-tables": ("pg2", "tables"),
@@ -41,10 +43,14 @@ EVERY = r".*\.(q_proj|k_proj|v_proj|o_proj|out_proj|(gate|up|down)_proj|fc1|fc2|
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of adapter: its name, and the settings of PEFT that make it."""
+    """A kind of adapter: its name, and the settings of PEFT that make it.
+
+    moved : whether its base had other tables than the checkpoint, which are saved with it
+    """
 
     name: str
     settings: dict[str, Any]
+    moved: bool = False
 
 
 VARIANTS = (
@@ -73,6 +79,23 @@ VARIANTS = (
             ],
         },
     ),
+    # Patterns count in the spelling that modules have here; these others fit nothing.
+    Variant(
+        "spelled",
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {r"vision_tower\.vision_model\..*": 6},
+            "alpha_pattern": {
+                "language_model.model.layers.0.self_attn.q_proj": 64,
+                r"vision_tower\.vision_model\..*": 32,
+                "vision_tower.*v_proj": 16,
+            },
+        },
+    ),
+    Variant("moved", {"r": 3, "target_modules": ["lm_head"]}, moved=True),
+    Variant("moved-table", {"r": 3, "target_modules": ["embed_tokens"]}, moved=True),
     Variant("head", {"r": 3, "target_modules": ["lm_head", "embed_tokens"]}),
     Variant(
         "trained",
@@ -119,6 +142,8 @@ def build_adapter(base: Path, variant: Variant, seed: int, folder: Path) -> None
         model = get_peft_model(oracle.load_float32(base), LoraConfig(**variant.settings))
         generator = np.random.default_rng(seed)
         with torch.no_grad():
+            if variant.moved:
+                model.get_input_embeddings().weight.mul_(1.5)
             for name, weight in sorted(model.named_parameters()):
                 if not weight.requires_grad:
                     continue

@@ -149,9 +149,9 @@ def layers_of(given: Any, count: int) -> list[int]:
     except TypeError:
         numbers = []
     if not numbers or not all(-count <= n < count for n in numbers):
-        raise UsageError(
-            f"layers is {given!r}, expected a number from {-count} to {count - 1}, or several."
-        )
+        wrong = [n for n in numbers if not -count <= n < count]
+        found = f"layer {wrong[0]} is asked for" if wrong else f"layers is {given!r}"
+        raise UsageError(f"{found}, expected numbers from {-count} to {count - 1}.")
     return [n % count for n in numbers]
 
 

@@ -244,7 +244,7 @@ def read_config(folder: Path) -> Config:
         )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
         raise NpvlmError(
-            f"{folder} holds an adapter, expected a whole model; name its base with --model, and "
+            f"{folder} holds an adapter, expected a whole model; name its base as the model, and "
             "this folder with --adapter"
         )
     values = read_json(folder / "config.json")

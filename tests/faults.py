@@ -55,8 +55,8 @@ JOBS = {
     "int8": "caption pictures --precision int8",
     "merge": "convert tiny out/merged --adapter adapter",
     "features": "features pictures --hidden 2 --prompt caption\\ en -o out/f.safetensors",
-    "embed": "embed pictures -o out/index --model retriever",
-    "search": "search index red\\ circle --heat out/heat --model retriever",
+    "embed": "embed pictures -o out/index.safetensors --model retriever",
+    "search": "search index.safetensors red\\ circle --heat out/heat --model retriever",
     "compare": "compare dump.safetensors dump.safetensors",
     "replay": "replay language_model.model.layers.0.mlp --input dump.safetensors --save out/x.npy",
     "kit": "kit -o out/kit",
@@ -132,8 +132,9 @@ class Bench:
             given = self.folder / "given"
             if "dump.safetensors" in JOBS[job] and not (given / "dump.safetensors").exists():
                 (given / "dump.safetensors").write_bytes(self.of("trace").files["t.safetensors"])
-            if job == "search" and not (given / "index").exists():
-                (given / "index").write_bytes(self.of("embed").files["index"])
+            if job == "search" and not (given / "index.safetensors").exists():
+                index = self.of("embed").files["index.safetensors"]
+                (given / "index.safetensors").write_bytes(index)
             with self.place() as place:
                 began = time.perf_counter()
                 process = self.start(job, place)
@@ -154,7 +155,7 @@ class Bench:
             return f"left in $TMPDIR: {left}"
         whole = self.of(job).files
         for name, content in files_of(place / "out").items():
-            if name == "index.part" and code:
+            if name == "index.safetensors.part" and code:
                 continue  # which --resume goes on from
             if name not in whole:
                 return f"left {name}"

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 import npvlm
 from golden import ours
 from npvlm.api import Model
-from npvlm.config import read_json
+from npvlm.config import read_config, read_json
 from npvlm.decoding.generate import logits
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.adapters import open_adapter, same_name
@@ -28,6 +28,7 @@ from npvlm.model.tap import closed
 from npvlm.model.weights import Adapted, Array, BFloat16, round_to_bfloat16, unpack
 from npvlm.work.convert import convert
 from tests.lora import PREFIX, SPELLINGS, lora_tensors, save_lora
+from tests.retriever import build_retriever
 
 GOLDEN = Path(ours.__file__).parent
 STORED = json.loads((GOLDEN / "adapters" / "adapters.json").read_text())["cases"]
@@ -102,7 +103,9 @@ def test_every_spelling_of_the_names_is_the_same_adapter(tmp_path: Path, spellin
         ({"use_rslora": True}, 8 / 2),
         ({"alpha_pattern": {"q_proj": 12}}, 12 / 4),
         ({"alpha_pattern": {"language_model.*q_proj": 12}}, 12 / 4),
-        ({"alpha_pattern": {"model.language_model.layers.0.self_attn.q_proj": 12}}, 12 / 4),
+        ({"alpha_pattern": {"language_model.model.layers.0.self_attn.q_proj": 12}}, 12 / 4),
+        # In a spelling that the file has not, it did nothing in training either.
+        ({"alpha_pattern": {"model.language_model.layers.0.self_attn.q_proj": 12}}, 8 / 4),
         ({"alpha_pattern": {"_proj": 12, "q_proj": 16}}, 16 / 4),  # a part of a word fits nothing
         ({"alpha_pattern": {"q_proj": 16, ".*_proj": 12}}, 16 / 4),  # the first one counts
         ({"r": 9, "rank_pattern": {"q_proj|up_proj": 4, "linear": 4}}, 8 / 4),
@@ -167,8 +170,9 @@ def test_a_merged_weight_is_rounded_once_to_the_type_that_it_is_stored_in(
     for key, weight in merged.weights.items():
         apart = beside.weights[key]
         if isinstance(apart, Adapted):
-            assert isinstance(weight, BFloat16)
-            apart = round_to_bfloat16(unpack(apart, np.float32))
+            assert isinstance(weight, BFloat16) == isinstance(apart.base, BFloat16)
+            wide = unpack(apart, np.float32)
+            apart = round_to_bfloat16(wide) if isinstance(weight, BFloat16) else wide
             changed += 1
         np.testing.assert_array_equal(unpack(weight, np.float32), unpack(apart, np.float32))
     assert changed
@@ -373,7 +377,8 @@ def test_settings_that_are_not_known_are_refused(
 
 def test_tables_that_shall_stay_tied_are_refused(tmp_path: Path) -> None:
     table = {EMBED_TOKENS: np.ones((402, 45), np.float32)}
-    folder = save_lora(tmp_path, lora_tensors(BASE) | table, ensure_weight_tying=True)
+    saved = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    folder = save_lora(tmp_path, lora_tensors(BASE) | table, **saved)
     with pytest.raises(NpvlmError, match="ensure_weight_tying"):
         npvlm.load(BASE, adapter=folder)
 
@@ -451,7 +456,7 @@ def test_what_is_no_folder_is_refused(tmp_path: Path, place: str) -> None:
 
 
 def test_an_adapter_in_place_of_a_model_is_told_what_it_is(tmp_path: Path) -> None:
-    with pytest.raises(NpvlmError, match="name its base with --model, and this folder with --adap"):
+    with pytest.raises(NpvlmError, match="name its base as the model, and this folder with --adap"):
         npvlm.load(save_lora(tmp_path, lora_tensors(BASE)))
 
 
@@ -483,6 +488,39 @@ def test_a_hundred_damaged_adapters_are_each_refused_in_a_sentence_or_applied(
 @cache
 def published(name: str) -> Path:
     return Path("hub", "models--google--paligemma-3b-pt-224", "snapshots", name)
+
+
+def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
+    names = {"lora_A.weight": "lora_A.{}.weight", "lora_B.weight": "lora_B.{}.weight"}
+    tensors = {}
+    for name, w in lora_tensors(BASE).items():
+        module, part = name[: -len("lora_A.weight")], name[-len("lora_A.weight") :]
+        tensors[module + names[part].format("one" if "q_proj" in name else "two")] = w
+    with pytest.raises(NpvlmError, match="holds the adapters 'one', 'two'; save one alone"):
+        open_adapter(save_lora(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("saved", [[], ["embed_tokens"]])
+def test_a_table_that_was_not_trained_alone_is_both_of_two_tied_ones(
+    tmp_path: Path, saved: list[str]
+) -> None:
+    table = 2 * unpack(npvlm.load(BASE).weights[EMBED_TOKENS], np.float32)
+    tensors = lora_tensors(BASE) | {EMBED_TOKENS: table}
+    adapter = save_lora(tmp_path, tensors, modules_to_save=saved)
+    weights = npvlm.load(BASE, adapter=adapter).weights
+    assert np.array_equal(unpack(weights[EMBED_TOKENS], np.float32), table)
+    assert (LM_HEAD in weights) == bool(saved)
+
+
+def test_a_colpali_has_no_head_to_correct(tmp_path: Path) -> None:
+    retriever = build_retriever(tmp_path / "colpali")
+    tensors = lora_tensors(retriever, targets=("q_proj",))
+    size = 4, read_config(retriever).text_config.hidden_size
+    head = {"lora_A": np.ones(size, np.float32), "lora_B": np.ones((512, 4), np.float32)}
+    tensors |= {f"language_model.lm_head.{part}.weight": w for part, w in head.items()}
+    adapter = save_lora(tmp_path / "lora", tensors)
+    with pytest.raises(NpvlmError, match="that it does not have"):
+        convert(retriever, tmp_path / "out", None, lambda *_: None, adapter)
 
 
 @pytest.mark.parametrize(

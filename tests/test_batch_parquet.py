@@ -59,7 +59,7 @@ def test_columns_of_text_and_numbers_go_into_the_records(tmp_path: Path) -> None
         "score": 0.5,
         "good": True,
     }
-    assert two.head["image"] == f"{name}#1" and two.error == "line 2 has no text as 'prompt'"
+    assert two.head["image"] == f"{name}#1" and two.error == "row 1 has no text as 'prompt'"
     assert two.head["score"] is None  # JSON has no such number
 
 

@@ -182,15 +182,20 @@ def test_pictures_in_parquet_are_answered_there_as_here(listed: Path, tmp_path: 
     table = pa.table({"image": pictures, "path": [f"n{i}" for i in range(COUNT)]})
     rows.write_table(table, tmp_path / "in.parquet", row_group_size=19)
     options = ["--task", "caption", "-q", "--model", "shapes"]
+    named = pa.table({"image": [str(listed.parent / f"{i}.png") for i in range(COUNT)]})
+    rows.write_table(named, tmp_path / "paths.parquet")
     for engine, name in (([], "here.parquet"), (RAY, "there.parquet")):
-        result = run("batch", "in.parquet", *options, *engine, "-o", name, cwd=tmp_path)
+        result = run(
+            "batch", "in.parquet", "paths.parquet", *options, *engine, "-o", name, cwd=tmp_path
+        )
         assert result.returncode == 3, result.stderr
         assert one_line(result).startswith("npvlm: in.parquet: n5 is no picture")
     here, there = (rows.read_table(tmp_path / f"{name}.parquet") for name in ("here", "there"))
-    assert here.num_rows == COUNT and here.equals(there)
+    assert here.num_rows == 2 * COUNT and here.equals(there)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "here.parquet",
         "in.parquet",
+        "paths.parquet",
         "there.parquet",
     ]
 
@@ -211,6 +216,22 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "ray", fake)
     monkeypatch.setitem(sys.modules, "ray.util", fake.util)
+
+
+def test_what_is_no_death_ends_the_batch_at_once_and_is_said(ray, monkeypatch) -> None:
+    class Mistake(Death):
+        cause = KeyError("x")
+
+    def broken(*_: object) -> Iterator[dict[str, object]]:
+        yield {"index": 0}
+        raise Mistake("Traceback\n  many lines\nKeyError: 'x'")
+
+    monkeypatch.setattr(cluster, "_pass", broken)
+    asked = cluster.answer_on_cluster(SimpleNamespace(), items(3))
+    with pytest.raises(
+        NpvlmError, match=r"no worker can make the record of 1\.png \(KeyError: 'x'"
+    ):
+        list(asked)
 
 
 def items(count: int) -> list[Item]:

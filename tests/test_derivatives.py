@@ -295,6 +295,27 @@ def test_the_part_of_a_config_that_is_a_paligemma_s_is_taken(tmp_path: Path) -> 
     assert any("a PaliGemma inside" in line for line in said)
 
 
+def test_a_folder_without_settings_for_pictures_gets_them_and_a_vocabulary_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    folder = golden_folder(tmp_path / "bare", golden_tensors())
+    for file in folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    said = list[str]()
+    convert(folder, tmp_path / "new", None, quiet, say=said.append)
+    assert any("there is no tokenizer.model in" in line for line in said)
+    tokenizer = GOLDEN / "pg2" / "tokenizer.model"
+    convert(folder, tmp_path / "newer", None, quiet, tokenizer=tokenizer)
+    assert np.array_equal(scores_of(tmp_path / "newer"), scores_of(GOLDEN / "pg2"))
+
+
+def test_a_tokenizer_that_is_not_there_is_said_before_the_weights_are_read(tmp_path: Path) -> None:
+    absent = tmp_path / "absent"
+    with pytest.raises(NpvlmError, match="absent is no file, expected a SentencePiece model"):
+        convert(GOLDEN / "pg2", tmp_path / "new", None, quiet, tokenizer=absent)
+
+
 # --- a shorter table ---------------------------------------------------------------------------
 
 

@@ -84,7 +84,7 @@ def test_an_unreadable_page_is_said_and_left_out(place) -> None:
     result = run("embed", "pages", "-o", "other", "--model", "colpali", cwd=place, env=PLAIN)
     assert result.returncode == 3
     assert "broken.png is no picture of a kind that npvlm reads" in said(result)
-    assert "1 of 4 pages were left out." in result.stderr
+    assert "1 page of 4 left out" in result.stderr
     assert (place / "other").exists() and not (place / "other.part").exists()
 
 
@@ -99,13 +99,13 @@ def test_an_unreadable_page_is_said_and_left_out(place) -> None:
         (["embed", "pages", "-o", "index.safetensors", "--model", "colpali"], 2, "--resume adds"),
         (["caption", "pages/0.png", "--model", "colpali"], 3, "is a ColPali, which finds pages"),
         (["search", "absent", "x"], 3, "absent is not there; `npvlm embed"),
-        (["search", "pages/0.png", "x"], 3, "pages/0.png is no whole safetensors file"),
+        (["search", "pages/0.png", "x"], 3, "pages/0.png is no whole index, expected one"),
         (["search", "colpali/model.safetensors", "x"], 3, "is no index of pages"),
         (["search", "index.safetensors", " "], 2, "the query is empty"),
         (["search", "index.safetensors", "x", "--top", "0"], 2, "0 is not in the range"),
         (["search", "index.safetensors", "x", "--model", "shapes"], 3, "without a projection"),
         (["search", "index.safetensors", "x", "--heat", "pages"], 2, "holds pages of"),
-        (["search", "index.safetensors", "x", "--heat", "index.safetensors/a"], 2, "cannot be"),
+        (["search", "index.safetensors", "x", "--heat", "index.safetensors/a"], 2, "is no folder"),
     ],
     ids=lambda value: " ".join(value[:4]) if isinstance(value, list) else "",
 )
@@ -120,6 +120,7 @@ def test_a_model_that_moved_is_asked_for(place, tmp_path) -> None:
     result = run("search", place / "index.safetensors", "x", cwd=tmp_path)
     assert result.returncode == 3
     assert "index.safetensors names its model: 'colpali' is no model" in said(result)
+    assert "; name it with --model." in said(result)
     result = run("search", place / "index.safetensors", "x", "--model", place / "colpali")
     assert result.returncode == 0
 

@@ -119,7 +119,11 @@ def test_an_adapter_is_named_in_the_file(folder: Path, tmp_path: Path) -> None:
         (["01.png", "-o", "no/x.safetensors"], 2, "is no folder"),
         (["01.png", "-o", "x.safetensors", "--prompt", "hi"], 2, "--hidden and --prompt go toget"),
         (["01.png", "-o", "x.safetensors", "--hidden", "1"], 2, "--hidden and --prompt go toget"),
-        (["01.png", "-o", "x.safetensors", "--hidden", "9", "--prompt", ""], 2, "from -5 to 4"),
+        (
+            ["01.png", "-o", "x.safetensors", "--hidden", "9", "--prompt", ""],
+            2,
+            "layer 9 is asked for, expected numbers from",
+        ),
         (["01.png", "-o", "x.safetensors", "--hidden", "a", "--prompt", ""], 2, "valid integer"),
         (["00.png", "04.png", "-o", "x.safetensors"], 3, "no picture could be read"),
         (["absent.png", "-o", "x.safetensors"], 3, "is no file or folder"),

@@ -45,9 +45,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("abc", SYSTEM_FONTS[1]),
         ("d a", SYSTEM_FONTS[4]),
         ("az", "Pillow's"),  # none has them all
+        ("abcz", SYSTEM_FONTS[1]),
+        ("dzzc", SYSTEM_FONTS[4]),
     ],
 )
-def test_the_first_font_with_every_letter_is_taken(installed: None, text: str, name: str) -> None:
+def test_the_first_font_that_lacks_the_fewest_letters_is_taken(
+    installed: None, text: str, name: str
+) -> None:
     font = font_for(text, 17.5)
     assert (font.name, font.size) == (name, 17.5)
 

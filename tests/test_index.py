@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.index import STORES, PageIndex, open_index
@@ -202,7 +203,7 @@ def test_a_truncated_index_is_refused(embed, pages, tmp_path, keep) -> None:
     embed(pages, tmp_path / "index")
     whole = (tmp_path / "index").read_bytes()
     (tmp_path / "index").write_bytes(whole[:keep])
-    with pytest.raises(NpvlmError, match="is no whole safetensors file"):
+    with pytest.raises(NpvlmError, match="is no whole index"):
         open_index(tmp_path / "index")
 
 
@@ -225,6 +226,31 @@ def test_an_index_that_says_something_else_is_refused(
     (tmp_path / "index").write_bytes(whole.replace(before, after))
     with pytest.raises(NpvlmError, match=says):
         open_index(tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("origin", "size", None),  # the same number, but no whole one
+        ("origin", "precision", 5),
+        ("origin", "model", ["m"]),
+        ("pages", "path", 3),
+        ("pages", "width", "80"),
+        ("pages", "bytes", True),
+    ],
+)
+def test_an_index_whose_fields_have_other_types_is_refused(
+    embed, pages, tmp_path, part, field, value
+) -> None:
+    embed(pages, tmp_path / "index")
+    with safe_open(tmp_path / "index", framework="numpy") as file:
+        about = file.metadata()
+    said, tensors = json.loads(about[part]), load_file(tmp_path / "index")
+    about_it = said if part == "origin" else said[0]
+    about_it[field] = float(about_it[field]) if value is None else value
+    save_file(tensors, tmp_path / "other", about | {part: json.dumps(said)})
+    with pytest.raises(NpvlmError, match="is a damaged index"):
+        open_index(tmp_path / "other")
 
 
 def test_no_index_is_told_how_to_make_one(tmp_path) -> None:

@@ -140,6 +140,8 @@ def test_a_match_lights_the_patches_that_a_word_fits(retriever, tmp_path) -> Non
     assert match.words[1].peak == pytest.approx(((11 % 8 + 0.5) / 8, (11 // 8 + 0.5) / 8))
     assert sum(word.score for word in match.words) < match.score == hit.score
     assert match.facts()[1]["peak"] == [35, 7]
+    expected = np.mean(own @ page[:64].T, axis=0).reshape(8, 8)
+    np.testing.assert_allclose(match.heat, expected, atol=1e-6)
     match.draw(tmp_path / "match.png")
     with Image.open(tmp_path / "match.png") as drawn:
         assert drawn.width > 600

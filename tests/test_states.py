@@ -162,12 +162,12 @@ def ours_run(model: Model, ids: Array, features: Array, tap: Callable[[str, Arra
 @pytest.mark.parametrize("asked", [99, -99, [], [0, 99], 0.5, "1", [None], None])
 def test_layers_that_there_are_not_are_refused(model: Model, picture, asked) -> None:
     for look in (model.hidden_states, model.attention):
-        with pytest.raises(UsageError, match=r"expected a number from -\d to \d, or several"):
+        with pytest.raises(UsageError, match=r"expected numbers from -\d to \d\."):
             look(picture, PROMPT, asked)
 
 
 def test_the_norm_is_no_layer_of_attention(model: Model, picture) -> None:
-    with pytest.raises(UsageError, match="layers is"):
+    with pytest.raises(UsageError, match="is asked for, expected numbers"):
         model.attention(picture, PROMPT, layers(model))
 
 

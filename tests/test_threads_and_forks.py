@@ -84,7 +84,7 @@ def child(ask):
     sys.stdout.flush()
     pid = os.fork()
     if not pid:
-        signal.alarm(240)  # two waiting threads of OpenBLAS on a busy machine: a minute
+        signal.alarm(60)
         try:
             print(ask())
         except npvlm.NpvlmError as error:

@@ -32,7 +32,7 @@ SHAPE = 1.6  # its width over its height, about
 NOTES = {
     "attention": "Light: where the model looked as it chose the word, which is not yet why.",
     "occlusion": "Light: where a cover makes the word less likely. Dark: no cover does.",
-    "match": "Light: where a word fits better than elsewhere. Under it: what it adds to the score.",
+    "match": "Light: where a word fits best. Under it: its part of the score; padding has more.",
 }
 
 

@@ -23,8 +23,14 @@ _NO_LETTER = "\uffff"
 
 
 def font_for(text: str, size: float) -> Font:
-    """The first font that has every letter of the text, Pillow's own where none has."""
-    return next((font for font in _fonts(size) if _has(font, text)), ImageFont.load_default(size))
+    """The font that lacks the fewest letters of the text, of several the first."""
+    tried: list[tuple[int, Font]] = []
+    for font in _fonts(size):
+        lacking = _lacking(font, text)
+        if not lacking:
+            return font
+        tried.append((lacking, font))
+    return min(tried, key=lambda one: one[0])[1]
 
 
 def _fonts(size: float) -> Iterator[Font]:
@@ -36,7 +42,7 @@ def _fonts(size: float) -> Iterator[Font]:
             continue
 
 
-def _has(font: Font, text: str) -> bool:
-    """Whether no letter is drawn as the box that stands for a missing one."""
+def _lacking(font: Font, text: str) -> int:
+    """How many letters are drawn as the box that stands for a missing one."""
     missing = bytes(font.getmask(_NO_LETTER))
-    return all(bytes(font.getmask(c)) != missing for c in set(text) if not c.isspace())
+    return sum(bytes(font.getmask(c)) == missing for c in text if not c.isspace())

@@ -100,5 +100,5 @@ def embed(
         new = counted(ended.done - ended.kept, "page")
         click.echo(f"npvlm: {new} more, {ended.pages} in all, in {output}", err=True)
     if ended.failed:
-        click.echo(f"npvlm: {ended.failed} of {ended.total} pages were left out.", err=True)
+        click.echo(f"npvlm: {counted(ended.failed, 'page')} of {ended.total} left out", err=True)
     return 3 if ended.failed else 0

@@ -15,6 +15,7 @@ from npvlm.cli.options import (
     quiet_option,
     threads_option,
 )
+from npvlm.cli.progress import counted
 
 if TYPE_CHECKING:
     from npvlm.answers.match import Match
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     "--heat",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Draw each page found, once for each word, lit where it fits; the folder is made.",
+    help="Draw each page found, once for each word, lit where it fits, into a new folder.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each page.")
 @click.option(
@@ -62,14 +63,18 @@ def search(
     from npvlm.answers.lines import json_line
     from npvlm.errors import NpvlmError
     from npvlm.files.index import open_index
+    from npvlm.work.gallery import make_folder
 
     named = open_index(index)
     if heat is not None:
-        _make(heat, named)
+        _check(heat, named)
     opened = _open(model, named, precision, quiet)
     found = opened.open(index)
     failed = 0
-    for hit in opened.search(found, query, top):
+    hits = opened.search(found, query, top)
+    if heat is not None:
+        make_folder(heat)
+    for hit in hits:
         match = None
         if heat is not None:
             try:
@@ -79,6 +84,8 @@ def search(
                 failed += 1
                 click.echo(f"npvlm: {sentence(str(error))}", err=True)
         click.echo(json_line(_facts(hit, match)) if as_json else line(_columns(hit)))
+    if heat is not None and not quiet:
+        click.echo(f"npvlm: {counted(len(hits) - failed, 'page')} drawn in {heat}", err=True)
     return 3 if failed else 0
 
 
@@ -91,17 +98,19 @@ def _open(model: str | None, index: PageIndex, precision: str | None, quiet: boo
     try:
         return open_retriever(index.origin.model, precision, quiet)
     except NpvlmError as error:
-        raise type(error)(f"{index.file} names its model: {error}") from None
+        raise type(error)(
+            f"{index.file} names its model: {str(error).rstrip('.')}; name it with --model."
+        ) from None
 
 
-def _make(folder: Path, index: PageIndex) -> None:
-    """Make the folder for drawings, which must not take the place of a page."""
+def _check(folder: Path, index: PageIndex) -> None:
+    """Drawings must not take the place of a page, nor stand among those of another query."""
     from npvlm.errors import UsageError
-    from npvlm.work.gallery import make_folder
+    from npvlm.files.output import check_new
 
     if folder.resolve() in {Path(page.path).resolve().parent for page in index.pages}:
         raise UsageError(f"{folder} holds pages of {index.file}; name another folder.")
-    make_folder(folder)
+    check_new(folder)
 
 
 def _columns(hit: Hit) -> list[str]:

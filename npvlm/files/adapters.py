@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from npvlm.config import Fields, Values, read_json
 from npvlm.errors import NpvlmError
 from npvlm.files.checkpoint import INDEX, SINGLE, Stored, grouped, listed, read_header
-from npvlm.files.names import EMBED_TOKENS, LM_HEAD, canonical_name
+from npvlm.files.names import EMBED_TOKENS, LM_HEAD, PROJECTION, canonical_name
 from npvlm.files.packed import blocks_of
 from npvlm.model.weights import Adapted, Weight, unpack
 
@@ -137,8 +137,9 @@ class Adapter:
         _check_fit(self, weights)
         found = dict(weights)
         for name, stored in self.base_layers.items():
-            if not _same_numbers(stored.weight(), weights.get(name, weights[EMBED_TOKENS])):
-                found[name] = stored.weight()
+            place = name if name in weights else EMBED_TOKENS
+            if not _same_numbers(stored.weight(), weights[place]):
+                found[place] = stored.weight()
         if EMBED_TOKENS in self.trained and LM_HEAD not in found:
             found[LM_HEAD] = found[EMBED_TOKENS]  # tied to the table as it was
         return found | {name: stored.weight() for name, stored in self.trained.items()}
@@ -185,21 +186,26 @@ def open_adapter(folder: Path) -> Adapter:
     parts: dict[str, dict[str, Stored]] = {}
     trained: dict[str, Stored] = {}
     base_layers: dict[str, Stored] = {}
+    owns: set[str] = set()  # names of adapters
     for tensor in read_header(folder / TENSORS):
         if ".original_module." in tensor.name:  # as it was before training: nothing reads it
             continue
         _check_numbers(tensor)
         if place := _low_rank(tensor):
-            module, key = place
+            module, key, own = place
             where = parts.setdefault(module, {})
+            owns.add(own)
         else:
-            where, key = _whole(tensor.name, trained, base_layers)
+            where, key = _whole(tensor.name, trained, base_layers, settings)
         if key in where and not _are_equal(where[key], tensor):
             raise NpvlmError(
                 f"{tensor.file}: {where[key].name} and {tensor.name} are the same tensor; save one "
                 "adapter alone."
             )
         where[key] = tensor
+    if len(owns) > 1:
+        names = listed(sorted(repr(own) for own in owns))
+        raise NpvlmError(f"{folder / TENSORS} holds the adapters {names}; save one alone.")
     if not parts and not trained and not base_layers:
         raise NpvlmError(f"{folder / TENSORS} holds no tensor; save the adapter again.")
     corrections: dict[str, Correction] = {}
@@ -229,13 +235,19 @@ class _Settings:
     """How much a correction counts: what the settings say of a module's rank and alpha."""
 
     def __init__(self, values: Values, where: str) -> None:
-        fields = Fields(values, where, {"r": 8, "lora_alpha": 8})
+        fields = Fields(values, where, {"r": 8})
         self.where = where
         self.rslora, self.dora = fields.flag("use_rslora", False), fields.flag("use_dora", False)
         self.keeps_tied = fields.flag("ensure_weight_tying", False)
-        self._rank, self._alpha = fields.whole("r"), _number(fields.get("lora_alpha"), where)
+        self._rank, self._alpha = fields.whole("r"), _number(values.get("lora_alpha", 8), where)
         self._ranks = fields.part("rank_pattern", {})
         self._alphas = fields.part("alpha_pattern", {})
+        saved = fields.get("modules_to_save")
+        self._saved = [str(module) for module in saved] if isinstance(saved, list) else []
+
+    def is_saved(self, module: str) -> bool:
+        """Whether a module was trained as a whole."""
+        return any(module.endswith(saved) for saved in self._saved)
 
     def rank(self, module: str) -> Any:
         """The rank that a module is said to have."""
@@ -247,23 +259,18 @@ class _Settings:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
     def _of(self, patterns: Values, module: str, default: Any) -> Any:
-        """The first pattern that fits the end of a module's name counts, however it is spelled."""
-        name = canonical_name(module)
-        spellings = {module, f"model.{module}", name, *_later_spellings(name)}
+        """The first pattern counts that fits the end of a module's name, as the file spells it.
+
+        So it was called in training, where a pattern in another spelling did nothing.
+        """
         for pattern, value in patterns.items():
             try:
                 fits = re.compile(rf"(.*\.)?({pattern})$")
             except re.error as error:
                 raise NpvlmError(f"{self.where}{pattern!r} is no pattern ({error}).") from None
-            if any(fits.match(spelling) for spelling in spellings):
+            if fits.match(module):
                 return value
         return default
-
-
-def _later_spellings(name: str) -> Iterator[str]:
-    """How later releases of transformers call a module of a published checkpoint."""
-    yield "model." + name.replace("language_model.model.", "language_model.")
-    yield "model." + name.replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def _number(value: Any, where: str) -> float:
@@ -328,8 +335,8 @@ def _bare(name: str) -> str:
     return name
 
 
-def _low_rank(tensor: Stored) -> tuple[str, str] | None:
-    """The module and the part of a tensor that corrects; the adapter's own name is left out."""
+def _low_rank(tensor: Stored) -> tuple[str, str, str] | None:
+    """The module and the part of a tensor that corrects, and the name of its adapter, or ""."""
     found = _LOW_RANK.fullmatch(tensor.name)
     if not found:
         return None
@@ -339,18 +346,21 @@ def _low_rank(tensor: Stored) -> tuple[str, str] | None:
             f"{tensor.file}: {tensor.name} is a bias inside a LoRA (lora_bias), which npvlm does "
             "not apply; merge it with PEFT, and convert the merged model."
         )
-    return (_bare(module), part) if end.count(".") <= 1 else None
+    return (_bare(module), part, end.removeprefix(".")) if end.count(".") <= 1 else None
 
 
 def _whole(
-    name: str, trained: dict[str, Stored], base_layers: dict[str, Stored]
+    name: str,
+    trained: dict[str, Stored],
+    base_layers: dict[str, Stored],
+    settings: _Settings,
 ) -> tuple[dict[str, Stored], str]:
     """Where a tensor belongs that takes the place of a model's, and its published name."""
     bare = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", _bare(name))
     plain = bare.replace(".base_layer.", ".")
     is_table = canonical_name(plain) in (EMBED_TOKENS, LM_HEAD)
-    where = base_layers if is_table and plain != bare else trained
-    return where, canonical_name(plain)
+    is_base = plain != bare or not settings.is_saved(plain.removesuffix(".weight"))
+    return base_layers if is_table and is_base else trained, canonical_name(plain)
 
 
 def _correction(
@@ -422,7 +432,7 @@ def _check_fit(adapter: Adapter, weights: Mapping[str, Weight]) -> None:
     """Hold what the adapter changes against the weights that there are, in one message."""
     shapes = {name: weight.shape for name, weight in weights.items()}
     tied = LM_HEAD not in shapes
-    if EMBED_TOKENS in shapes:
+    if EMBED_TOKENS in shapes and f"{PROJECTION}.weight" not in shapes:  # a ColPali has no head
         shapes.setdefault(LM_HEAD, shapes[EMBED_TOKENS])
     wanted = [(name, c.module, c.shape) for name, c in adapter.corrections.items()]
     for tensors in (adapter.trained, adapter.base_layers):

@@ -257,7 +257,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         return _shards(folder / INDEX)
     if (folder / "adapter_model.safetensors").exists():
         raise NpvlmError(
-            f"{folder} holds an adapter, expected a whole model; name its base with --model, and "
+            f"{folder} holds an adapter, expected a whole model; name its base as the model, and "
             "this folder with --adapter"
         )
     others = sorted({file.name for kind in OTHER_FORMATS for file in folder.glob(kind)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from npvlm.files.names import canonical_name
 from npvlm.files.writer import Tensor, tensor_file
 from npvlm.model.weights import Array, Int8, Weight, pack_int8, rotation_block, unpack
 
+PART = ".part"  # behind the name of an index that is not whole yet
 STORES = {"float32": "F32", "float16": "F16", "int8": "I8"}
 _FORMAT, _VERSION = "npvlm index", "1"
 _SETTINGS = (
@@ -28,6 +29,7 @@ _SETTINGS = (
     "preprocessor_config.json",
     "processor_config.json",
     "tokenizer.model",
+    "added_tokens.json",
 )
 _SAMPLE = 4096  # bytes of each weight that tell it from another model's
 
@@ -119,6 +121,12 @@ def write_index(
                 output.write_rows(name, number, part)
 
 
+def _has_its_types(about: Origin | Page) -> bool:
+    """Whether every field is what its class says: JSON may hold anything."""
+    kinds = {"str": str, "int": int}
+    return all(type(getattr(about, f.name)) is kinds[str(f.type)] for f in fields(about))
+
+
 def open_index(file: Path) -> PageIndex:
     """Map an index.
 
@@ -127,9 +135,17 @@ def open_index(file: Path) -> PageIndex:
     NpvlmError
         Where it is not there, no index, damaged, or without pages.
     """
+    part = file if file.suffix == PART else file.with_name(f"{file.name}{PART}")
+    if part.exists() and (part == file or not file.exists()):
+        raise NpvlmError(f"{file} is not whole yet; `npvlm embed` with --resume goes on.")
     if not file.exists():
         raise NpvlmError(f"{file} is not there; `npvlm embed PAGES... -o {file}` makes an index.")
-    tensors = {tensor.name: tensor for tensor in read_header(file)}
+    try:
+        tensors = {tensor.name: tensor for tensor in read_header(file)}
+    except NpvlmError:
+        raise NpvlmError(
+            f"{file} is no whole index, expected one that `npvlm embed` made."
+        ) from None
     with safe_open(file, framework="numpy") as opened:
         about = opened.metadata() or {}
     if about.get("format") != _FORMAT:
@@ -142,6 +158,8 @@ def open_index(file: Path) -> PageIndex:
     try:
         origin = Origin(**json.loads(about["origin"]))
         pages = [Page(**page) for page in json.loads(about["pages"])]
+        if not _has_its_types(origin) or not all(_has_its_types(page) for page in pages):
+            raise TypeError
         expected = {
             name: (part.dtype, (len(pages), *part.shape)) for name, part in origin.tensors.items()
         }

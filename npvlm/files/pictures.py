@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError  # noqa: F401 (see _OPENING)
 
 from npvlm.config import Config, Fields, read_json
 from npvlm.errors import NpvlmError, UsageError
@@ -37,8 +37,10 @@ _SCAN = b"\xff\xda"
 _LONGEST = 1024  # characters of a name that are said
 _TILE = 2048  # pixels of a side that are converted at once
 
-_OPENING = threading.Lock()  # filters of warnings belong to all threads
-if hasattr(os, "register_at_fork"):  # no child may find it held by a thread that it has not
+# Filters of warnings belong to all threads. No child may find it held by a thread that it has not,
+# nor a module that such a thread imports: readers are imported with the lock, ImageFile above.
+_OPENING = threading.Lock()
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_OPENING.acquire,
         after_in_parent=_OPENING.release,

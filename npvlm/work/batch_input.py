@@ -95,7 +95,9 @@ def read_input(names: Sequence[str], prompt: str | None) -> list[Item]:
         raise UsageError(f"{lists[0]} is a list, expected it alone; put all pictures into it.")
     path = Path(lists[0])
     read = _read_csv if path.suffix.lower() == ".csv" else _read_jsonl
-    return _checked([_item(path, prompt, i, *line) for i, line in enumerate(read(path))], path)
+    lines = enumerate(read(path))
+    items = [_item(path, prompt, i, f"line {n}", values) for i, (n, values) in lines]
+    return _checked(items, path)
 
 
 def part(items: Sequence[Item], number: int, count: int) -> Sequence[Item]:
@@ -123,33 +125,33 @@ def _parquet_items(names: Sequence[str], prompt: str | None) -> list[Item]:
         places = [Stored(group, row) for group, n in enumerate(rows.groups) for row in range(n)]
         for number, (values, place) in enumerate(zip(rows, places, strict=True)):
             if not rows.bytes:
-                items.append(_item(path, prompt, len(items), number + 1, values))
+                items.append(_item(path, prompt, len(items), f"row {number}", values))
                 continue
             values["image"] = values["image"] or f"{path}#{number}"
-            item = _item(path, prompt, len(items), number + 1, values)
+            item = _item(path, prompt, len(items), f"row {number}", values)
             items.append(replace(item, path=path, stored=place))
     return _checked(items, path)
 
 
 def _item(
-    path: Path, asked: str | None, index: int, number: int, values: dict[str, Any] | str
+    path: Path, asked: str | None, index: int, place: str, values: dict[str, Any] | str
 ) -> Item:
     """What a line of a list asks; `values` are its fields, or what is wrong with it."""
     if isinstance(values, str):
-        return Item(index, None, None, path, error=f"line {number} {values}")
+        return Item(index, None, None, path, error=f"{place} {values}")
     extra = {key: value for key, value in values.items() if key not in ("image", "prompt")}
     if taken := [key for key in extra if key in _TAKEN]:
-        raise UsageError(f"{path} line {number}: records have a field {taken[0]!r}; rename yours.")
+        raise UsageError(f"{path} {place}: records have a field {taken[0]!r}; rename yours.")
     image, prompt = values.get("image"), values.get("prompt", asked)
     if asked is not None and "prompt" in values:
-        raise UsageError(f"{path} line {number} has a prompt; leave out --task and --prompt.")
+        raise UsageError(f"{path} {place} has a prompt; leave out --task and --prompt.")
     wrong = [
         key
         for key, value in (("image", image), ("prompt", prompt))
         if not isinstance(value, str) or (key == "image" and not value)
     ]
     if wrong:
-        error = f"line {number} has no text as {wrong[0]!r}"
+        error = f"{place} has no text as {wrong[0]!r}"
         image = None if "image" in wrong else image
         prompt = None if "prompt" in wrong else prompt
         return Item(index, image, prompt, path, extra, error)

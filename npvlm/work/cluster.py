@@ -119,6 +119,12 @@ def answer_on_cluster(
                     yield record
                     done, deaths = done + 1, 0
         except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if cause is not None and not isinstance(cause, ray.exceptions.RayError):
+                at = items[done].image
+                raise NpvlmError(
+                    f"no worker can make the record of {at} ({_end(error)})."
+                ) from None
             reason = _short(error)
         except SystemError as error:  # what Ray's compiled code makes of a signal
             raise error.__cause__ or error from None
@@ -203,6 +209,8 @@ def _pass(model: Model, items: Sequence[Item], max_tokens: int | None) -> Genera
     options.execution_options.preserve_order = True
     options.target_max_block_size = 1  # a row of pictures each: blocks are what is handed out
     in_parquet = any(item.stored for item in items)
+    # A reader of Parquet is in no folder of ours.
+    items = [replace(item, path=item.path.absolute()) if item.stored else item for item in items]
     tasks = list(_by_group(items) if in_parquet else _by_count(items))
     data = ray.data.from_arrow([_table(items=[pickle.dumps(some)]) for some in tasks])
     if in_parquet:
@@ -245,15 +253,19 @@ def _by_count(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
 
 
 def _by_group(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """Items that lie in one row group of one file, which is read once."""
-    for _, some in groupby(items, group_of):
-        yield list(some)
+    """Items that lie in one row group of one file, which is read once; or a few with paths."""
+    for group, some in groupby(items, lambda item: group_of(item) if item.stored else None):
+        together = list(some)
+        yield from [together] if group else _by_count(together)
 
 
 def _read(asked: pa.Table) -> Iterator[pa.Table]:
     """Put the pictures to the items of a row group, a few in each row."""
     for row in asked.to_pylist():
         items = pickle.loads(row["items"])
+        if not items[0].stored:  # workers open paths themselves
+            yield _table(items=[row["items"]])
+            continue
         try:
             pictures = pictures_of([item for item in items if item.error is None])
             for some in _by_count(items):
@@ -366,7 +378,15 @@ def _why(address: str, reason: str) -> str:
     """Why there is no connection, and what to do."""
     if "ersion mismatch" in reason:
         return f"the cluster at {address} has other versions ({reason}); use the same."
-    return f"no Ray cluster can be joined at {address} ({reason}); start one with `ray start`."
+    return (
+        f"no Ray cluster can be joined at {address} ({reason}); start one with `ray start`, and "
+        "set RAY_AUTH_MODE=token if it has a token."
+    )
+
+
+def _end(error: Exception) -> str:
+    """The last line of an error that quotes a traceback."""
+    return str(error).rstrip().rpartition("\n")[2].strip()[:300]
 
 
 def _short(error: Exception) -> str:

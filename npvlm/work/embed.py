@@ -8,7 +8,7 @@ from pathlib import Path
 
 from npvlm.asked import Failed, Seen, Shown, name_of
 from npvlm.errors import NpvlmError, UsageError
-from npvlm.files.index import STORES, Origin, Page, PageIndex, pack, write_index
+from npvlm.files.index import PART, STORES, Origin, Page, PageIndex, pack, write_index
 from npvlm.files.output import check_place, new_file
 from npvlm.model.weights import Array
 from npvlm.packs import Prepared, read_ahead
@@ -65,7 +65,7 @@ def embed_pages(
     if store not in STORES:
         raise UsageError(f"store is {store!r}, expected one of {', '.join(STORES)}.")
     check_place(output)
-    part = output.with_name(f"{output.name}.part")
+    part = output.with_name(f"{output.name}{PART}")
     if any(path.resolve() in (output.resolve(), part.resolve()) for path in pictures):
         raise UsageError(f"{output} is one of the pages, expected a place for the index.")
     for path in (output, part):

@@ -168,8 +168,10 @@ class _Problems(dict[str, str]):
             return None
 
 
-def _masks(folder: Path) -> str:
+def _masks(folder: Path, config: Config | None) -> str:
     """The mask decoder's file, or the sentence that refuses it."""
+    if config is not None and config.embedding_dim is not None:
+        return "a ColPali paints none"
     try:
         file = find_mask_decoder(folder)
         open_mask_decoder(file)
@@ -219,7 +221,7 @@ def inspect(model: str) -> Inspection:
         own_head=_has_own_head(stored) if stored else None,
         differences=find_differences(stored or {}, config) if compared and config else None,
         vocabulary=problems.of("tokenizer", find_vocabulary, folder, config),
-        masks=_masks(folder),
+        masks=_masks(folder, config),
         available=available,
         needs=_needs(config, types, available) if config else [],
         kind=likely_kind(model, folder, raw_values(folder)),
@@ -261,7 +263,7 @@ def _inspect_npz(model: str, file: Path) -> Inspection:
         vocabulary=(
             problems.of("tokenizer", find_vocabulary, file.parent, config, name) if beside else None
         ),
-        masks=_masks(file.parent),
+        masks=_masks(file.parent, config),
         available=available,
         needs=_needs(config, types, available) if config else [],
         kind=likely_kind(model, file.parent, {}),

@@ -39,6 +39,7 @@ from npvlm.opening import find_folder
 
 LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in other formats larger
 TOKENIZER = TOKENIZERS[0]
+_PREPROCESSORS = {"preprocessor_config.json", "processor_config.json"}
 _WITH_A_TOKENIZER = (
     "added_tokens.json",
     "special_tokens_map.json",
@@ -97,8 +98,12 @@ def open_source(place: Path, tokenizer: Path | None, image_size: int | None, say
     NpvlmError
         For a source that is damaged, or no PaliGemma.
     """
+    if tokenizer is not None and not tokenizer.is_file():
+        raise NpvlmError(f"{tokenizer} is no file, expected a SentencePiece model.")
     if place.is_dir():
         source = _folder(place, image_size is not None, say)
+        if tokenizer is None and TOKENIZER not in source.files:
+            say(_to_be_brought(f"no {TOKENIZER} in {place}"))
     else:
         source = _npz(place, say)
         tokenizer = tokenizer or _tokenizer_beside(place, say)
@@ -137,11 +142,15 @@ def _tokenizer_beside(file: Path, say: Say) -> Path | None:
     for name in TOKENIZERS:
         if (file.parent / name).is_file():
             return file.parent / name
-    say(
-        f"there is no {' or '.join(TOKENIZERS)} beside {file.name}: name one with --tokenizer, or "
-        f"copy it into the new folder as {TOKENIZER}."
-    )
+    say(_to_be_brought(f"no {' or '.join(TOKENIZERS)} beside {file.name}"))
     return None
+
+
+def _to_be_brought(missing: str) -> str:
+    return (
+        f"there is {missing}: name one with --tokenizer, or copy it into the new folder as "
+        f"{TOKENIZER}."
+    )
 
 
 def _folder(folder: Path, resampled: bool, say: Say) -> Source:
@@ -162,7 +171,7 @@ def _folder(folder: Path, resampled: bool, say: Say) -> Source:
     fitted, files = fit_rows(config, stored), _small_files(folder)
     if fitted != config:
         values, config = _with_rows(values, fitted.text_config.vocab_size), fitted
-    if not own:
+    if not own or not _PREPROCESSORS & files.keys():
         files = _made_files(config) | files
     return Source(values, config, weights, files)
 
