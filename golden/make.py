@@ -2,8 +2,9 @@
 
 For each of three random checkpoints: the folder itself, what transformers makes of three prompts
 (`NAME.safetensors`), and where it all comes from (`NAME.json`). For each bundled model the last
-two, for a drawn picture (`shapes-run`). Small cases of every operation (`ops`). And what beams find
-on the random checkpoints (`beams`). Needs golden/requirements.txt.
+two, for a drawn picture (`shapes-run`). Small cases of every operation (`ops`). What beams find on
+the random checkpoints (`beams`), and what the bundled mask decoder paints (`masks`). Needs
+golden/requirements.txt.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from safetensors.numpy import save_file
+import torch
+from safetensors.numpy import load_file, save_file
 
 from golden import beam_cases, op_cases, oracle, shapes
 from golden.beam_cases import Search
+from golden.mask_vae import CODEBOOK, CODES, GRID, MaskVae
 from golden.op_cases import OpCase
 from golden.oracle import RECIPES, Case, Recipe
 from golden.ours import EVERY, rms
@@ -34,6 +37,7 @@ GOLDEN = Path(__file__).resolve().parent
 NAMES = ("pg1", "pg2", "pg2-f16-sharded")
 BUNDLED = GOLDEN.parent / "npvlm" / "bundled"
 TOYS = ("shapes", "shapes2")  # the bundled models
+MASKS, MASK_SEED = 3, 7
 BOX = (0, 0, 220, 210)  # of the first held-out picture, halved: no square, and all things are there
 PACKAGES = ("torch", "transformers", "numpy", "pillow", "sentencepiece", "safetensors")
 # What is stored: the output of every layer, of what stands before, between and behind them, and
@@ -58,6 +62,7 @@ def main() -> None:
         make_toy(toy)
     make_ops()
     make_beams()
+    make_masks()
     names = (*NAMES, *(f"{toy}-run" for toy in TOYS), "ops", "beams")
     size = sum(path.stat().st_size for name in names for path in files_of(name))
     print(f"{len(names)} goldens, {size:,} bytes")
@@ -153,6 +158,27 @@ def make_beams() -> None:
         },
     }
     write_json(GOLDEN / "beams.json", record)
+
+
+def make_masks() -> None:
+    """Write what the bundled decoder paints of random codes, in PyTorch."""
+    vae, file = MaskVae(), BUNDLED / "vae.safetensors"
+    published = {name: torch.tensor(w).float() for name, w in load_file(file).items()}
+    vae.codebook.copy_(published.pop(CODEBOOK))
+    vae.decoder.load_state_dict({n.removeprefix("decoder."): w for n, w in published.items()})
+    codes = np.random.default_rng(MASK_SEED).integers(0, CODES, (MASKS, GRID * GRID))
+    with torch.no_grad():
+        torchs = vae.decode(torch.tensor(codes)).numpy()
+        truth = vae.double().decode(torch.tensor(codes)).numpy()
+    save_file({"codes": codes, "truth": truth}, GOLDEN / "masks.safetensors")
+    record = {
+        "made_by": "python golden/make.py",
+        "seed": MASK_SEED,
+        **surroundings(),
+        "torch_float32_error": error(torchs, truth),
+        "sha256": sums([file, GOLDEN / "masks.safetensors"]),
+    }
+    write_json(GOLDEN / "masks.json", record)
 
 
 def describe_beams(searches: list[Search]) -> list[dict[str, Any]]:

@@ -25,7 +25,9 @@ from npvlm.files.pictures import open_picture, pixel_values
 from npvlm.model.weights import Array
 
 GOLDEN = Path(ours.__file__).parent
-NAMES = sorted({path.stem for path in GOLDEN.glob("*.safetensors")} - {"ops", "colpali-run"})
+NAMES = sorted(
+    {path.stem for path in GOLDEN.glob("*.safetensors")} - {"ops", "masks", "colpali-run"}
+)
 
 
 @dataclass(frozen=True, repr=False)

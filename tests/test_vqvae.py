@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from golden import ours
 from npvlm import kernels
+from npvlm.files.masks import open_mask_decoder
 from npvlm.model import ops, vqvae
 from npvlm.model.weights import Array, Weights
+from npvlm.opening import BUNDLED
 from tests.test_shape_lines import checked
 
+GOLDEN = Path(ours.__file__).parent
 CHANNELS = {"4": (128, 128), "6": (128, 64), "8": (64, 32), "10": (32, 16)}
 
 
@@ -90,6 +97,19 @@ def test_the_definition_is_the_same_in_float64_and_float32() -> None:
         found = vqvae.decode_masks(codes, w, np.float32, ops=namespace)
         error = np.sqrt(np.mean((found - truth) ** 2) / np.mean(truth**2))
         assert error < 1e-6  # measured: 2e-7
+
+
+@pytest.mark.parametrize("namespace", [ops, kernels])
+def test_masks_are_those_of_torch(namespace: ModuleType) -> None:
+    golden = load_file(GOLDEN / "masks.safetensors")
+    torchs = json.loads((GOLDEN / "masks.json").read_text())["torch_float32_error"]
+    w = open_mask_decoder(BUNDLED / "vae.safetensors")
+    for dtype, limit in ((np.float64, 1e-13), (np.float32, 2 * torchs)):
+        if dtype == np.float64 and namespace is kernels:
+            continue  # which compute in float32
+        found = vqvae.decode_masks(golden["codes"], w, dtype, ops=namespace)
+        truth = golden["truth"]
+        assert np.sqrt(np.mean((found - truth) ** 2) / np.mean(truth**2)) < limit
 
 
 def test_codes_lie_row_by_row() -> None:

@@ -48,17 +48,21 @@ EQUIVALENT = Path(__file__).with_name("equivalent.diff")
 
 # The files of each group, and the tests that hold them; twins of operations hold no definition.
 GROUPS = {
-    "ops": (["model/ops.py"], "ops op_goldens model goldens weights sampling", "not kernels"),
+    "ops": (
+        ["model/ops.py"],
+        "ops op_goldens model goldens weights sampling adapters retrieval",
+        "not kernels",
+    ),
     "model": (
         ["model/[!o]*.py"],
-        "model model_batch goldens op_goldens weights vqvae exactness",
+        "model model_batch goldens op_goldens weights vqvae exactness adapters retrieval",
         "",
     ),
     "answers": (
         ["answers/*.py"],
         (
             "boxes masks outlines detection drawing explain explanation_page explanation_sheet"
-            " explanation heat lines scores formats tasks words fonts api"
+            " explanation heat lines scores formats tasks words fonts api states retrieval"
         ),
         "",
     ),
@@ -66,7 +70,8 @@ GROUPS = {
         ["files/*.py"],
         (
             "checkpoint tokenizer pictures names output masks hub convert writer listing published"
-            " weights"
+            " weights adapters adapter_commands big_vision derivatives npz resample index embed"
+            " links needs memory models features"
         ),
         "",
     ),
