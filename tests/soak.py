@@ -7,6 +7,10 @@
 It draws pictures, answers them with the bundled model in several runs, and looks at each process
 through /proc every quarter of a second. Runs differ in threads and in how many pictures are
 answered together, and their records must not. Exit code 0 if all is as promised, 1 otherwise.
+
+A machine may be slower at the end of a run than at its start, for other guests or for heat. So at
+each look the watcher does a piece of work of its own, always the same, and the seconds of a picture
+are told in those of that work as well.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of the watcher's own work
+
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +41,7 @@ LABELS = "red circle ; blue square ; star ; green triangle"
 SETTINGS = [(1, 8), (1, 8), (1, 8), (2, 3)]
 INTERVAL = 0.25
 TICK = os.sysconf("SC_CLK_TCK")
+_WEIGHTS, _ROWS = np.ones((1500, 1500), np.float32), np.ones((1500, 8), np.float32)
 
 # What is promised.
 SLOPE = 50  # bytes of memory for each picture, fitted over all but the first tenth of a run
@@ -49,12 +56,14 @@ class Look:
     memory : bytes of its own, mapped files left out
     cpu : seconds, of all its threads
     files : descriptors that are open
+    yard : seconds of CPU that the watcher's own work took
     """
 
     records: int
     memory: int
     cpu: float
     files: int
+    yard: float
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,9 @@ class Run:
 
     slope : bytes of memory for each picture, by least squares over all but the first tenth
     memory : bytes, median of the second tenth and of the last one; most_memory at any look
-    files : descriptors, most of the second tenth and of the last one
+    files : descriptors, fewest of the second tenth and of the last one
     cpu : milliseconds for each picture in the first tenth, from the first record on, and the last
+    yard : milliseconds of the watcher's own work in these, the mean
     """
 
     threads: int
@@ -75,12 +85,13 @@ class Run:
     most_memory: int
     files: tuple[int, int]
     cpu: tuple[float, float]
+    yard: tuple[float, float]
     sha256: str
 
     @property
     def aging(self) -> float:
-        """How much more a picture of the last tenth takes than one of the first."""
-        return self.cpu[1] / self.cpu[0]
+        """How much more a picture of the last tenth takes than one of the first, in such work."""
+        return self.cpu[1] / self.cpu[0] * self.yard[0] / self.yard[1]
 
 
 def draw(folder: Path, count: int, seed: int) -> None:
@@ -109,6 +120,7 @@ def run(pictures: Path, count: int, threads: int, together: int) -> Run:
     done = np.array([look.records for look in looks]) / count
     late = [look for look, part in zip(looks, done, strict=True) if part >= 0.1]
     slope, _ = np.polyfit([look.records for look in late], [look.memory for look in late], 1)
+    first = [look for look, part in zip(looks, done, strict=True) if part < 0.1]
     second = [look for look, part in zip(looks, done, strict=True) if 0.1 <= part < 0.2]
     last = [look for look, part in zip(looks, done, strict=True) if part >= 0.9]
     return Run(
@@ -118,8 +130,9 @@ def run(pictures: Path, count: int, threads: int, together: int) -> Run:
         slope=float(slope),
         memory=tuple(statistics.median(look.memory for look in part) for part in (second, last)),
         most_memory=max(look.memory for look in looks),
-        files=tuple(max(look.files for look in part) for part in (second, last)),
+        files=tuple(min(look.files for look in part) for part in (second, last)),
         cpu=(_cpu(looks, 0, count // 10), _cpu(looks, count - count // 10, count)),
+        yard=tuple(1000 * statistics.mean(look.yard for look in part) for part in (first, last)),
         sha256=sha256,
     )
 
@@ -150,7 +163,15 @@ def _look(pid: int, records: int) -> Look | None:
     if "RssAnon" not in status:
         return None
     memory = int(status.partition("RssAnon:")[2].split()[0]) * 1024
-    return Look(records, memory, (int(times[11]) + int(times[12])) / TICK, files)
+    return Look(records, memory, (int(times[11]) + int(times[12])) / TICK, files, _yard())
+
+
+def _yard() -> float:
+    """Seconds of CPU for a piece of work that is as large as the bundled model's weights."""
+    began = time.thread_time()
+    for _ in range(3):
+        _WEIGHTS @ _ROWS
+    return time.thread_time() - began
 
 
 def _cpu(looks: list[Look], first: int, last: int) -> float:

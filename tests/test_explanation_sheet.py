@@ -58,7 +58,7 @@ def panels(pixels: np.ndarray) -> list[tuple[int, int, int, int]]:
     return rectangles(of_colour(pixels, GREEN, cold))
 
 
-@pytest.mark.parametrize(("words", "columns"), [(1, 2), (2, 2), (5, 3), (11, 4)])
+@pytest.mark.parametrize(("words", "columns"), [(1, 2), (2, 2), (3, 2), (5, 3), (11, 4)])
 def test_panels_lie_in_rows_with_equal_margins_and_gaps(words: int, columns: int) -> None:
     pixels = drawn((300, 240), flat(words))
     found = panels(pixels)

@@ -88,6 +88,7 @@ def lay_out(panels: list[Panel], title: str, how: str, method: str) -> Image.Ima
     across, down = max(width, NARROW) + GAP, height + CAPTION + GAP
     columns = min(len(panels), max(1, round(math.sqrt(SHAPE * len(panels) * down / across))))
     rows = math.ceil(len(panels) / columns)
+    columns = math.ceil(len(panels) / rows)  # as even as can be
 
     wide = max(WIDE, 2 * MARGIN + columns * across - GAP)
     head, foot = MARGIN + TITLE + 3 * SMALL, MARGIN + 2 * SMALL
