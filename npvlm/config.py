@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from npvlm.errors import NpvlmError
+from npvlm.errors import NpvlmError, why
 
 Values = Mapping[str, Any]
 
@@ -270,7 +270,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise NpvlmError(f"{path} is nested too deeply to be a model's file") from None
     except ValueError as error:  # no UTF-8, no JSON, a number with too many digits
-        raise NpvlmError(f"{path} is no JSON ({_one_line(error)}); fetch the file again") from None
+        raise NpvlmError(f"{path} is no JSON ({why(error)}); fetch the file again") from None
     if not isinstance(values, dict):
         raise NpvlmError(f"{path} holds {_shown(values)}, expected a JSON object")
     return values
@@ -566,7 +566,3 @@ def _shown(value: Any) -> str:
     except (RecursionError, ValueError):  # a number with thousands of digits cannot be printed
         text = "a value too large to print"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

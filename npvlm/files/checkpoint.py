@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from npvlm.config import Config, parse_json, read_json
-from npvlm.errors import NpvlmError
+from npvlm.errors import NpvlmError, shortened, why
 from npvlm.files.names import (
     EMBED_TOKENS,
     LM_HEAD,
@@ -185,9 +185,9 @@ def left_out(folder: Path) -> str | None:
     if not start:
         return None
     groups = Counter(".".join(name.split(".")[:2]) for name in left)
-    what = listed([f"{_cut(group)} ({count})" for group, count in groups.items()])
+    what = listed([f"{shortened(group, _NAMED)} ({count})" for group, count in groups.items()])
     beside = f"; what stands beside it is left out: {what}" if left else ""
-    return f"the PaliGemma under {_cut(start.removesuffix('.'))} is taken{beside}."
+    return f"the PaliGemma under {shortened(start.removesuffix('.'), _NAMED)} is taken{beside}."
 
 
 def _prefix(tensors: list[Stored]) -> str:
@@ -324,7 +324,7 @@ def read_header(file: Path) -> list[Stored]:
         raise NpvlmError(f"{file} cannot be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError, RecursionError, struct.error) as error:
         raise NpvlmError(
-            f"{file} is no whole safetensors file ({_one_line(error)}); copy it again"
+            f"{file} is no whole safetensors file ({why(error)}); copy it again"
         ) from None
     header.pop("__metadata__", None)
     return [
@@ -401,8 +401,8 @@ def _hint(
 
 def _twice(first: Stored, second: Stored) -> NpvlmError:
     """Refuse a tensor that is there twice: which of the two counts is anyone's guess."""
-    here = f"{_cut(first.name)} in {first.file}"
-    there = f"{_cut(second.name)} in {second.file.name}"
+    here = f"{shortened(first.name, _NAMED)} in {first.file}"
+    there = f"{shortened(second.name, _NAMED)} in {second.file.name}"
     return NpvlmError(f"{here} and {there} are the same tensor, expected one; remove the other")
 
 
@@ -411,7 +411,7 @@ def grouped(names: Mapping[str, str]) -> list[str]:
     numbers: dict[tuple[str, str], list[int]] = {}
     for name, says in names.items():
         found = _NUMBER.search(name)
-        pattern = _NUMBER.sub("*", _cut(name), count=1)
+        pattern = _NUMBER.sub("*", shortened(name, _NAMED), count=1)
         numbers.setdefault((pattern, says), []).extend([int(found[0])] if found else [])
     return [pattern.replace("*", _ranges(at), 1) + says for (pattern, says), at in numbers.items()]
 
@@ -435,16 +435,6 @@ def listed(names: Iterable[str], most: int = _LISTED) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _cut(name: str) -> str:
-    """A name as it fits into a sentence: a file may have any."""
-    shown = name if name.isprintable() else repr(name)[1:-1]
-    return shown if len(shown) <= _NAMED else f"{shown[: _NAMED - 3]}..."
-
-
 def _either(words: tuple[str, ...]) -> str:
     """Join alternatives: A, B or C."""
     return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npvlm.errors import NpvlmError
+from npvlm.errors import NpvlmError, why
 from npvlm.files.checkpoint import INDEX, SINGLE
 from npvlm.files.hub import CONFIG, Wanted, cache_folder, endpoint, storage_of
 from npvlm.files.output import check_room, new_file
@@ -38,7 +38,6 @@ _TIMEOUT = 30  # seconds for the hub to say what there is
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN)
-_SAID = 200  # characters of what the hub says of an error
 
 Say = Callable[[str], None]
 
@@ -200,7 +199,7 @@ def _library(wanted: Wanted) -> Any:
         ) from None
     except ValueError as error:  # it reads its variables here
         raise NpvlmError(
-            f"huggingface_hub does not start ({_one_line(error)}); check HF_ENDPOINT and the other "
+            f"huggingface_hub does not start ({why(error)}); check HF_ENDPOINT and the other "
             "variables that begin with HF_."
         ) from None
     return huggingface_hub
@@ -412,7 +411,7 @@ def _refusal(
     if isinstance(error, OSError) and error.errno is not None:  # the disk; others have none
         return _unwritable(error)
     return NpvlmError(
-        f"{endpoint()} gave no whole answer ({_one_line(error)}); check the network and "
+        f"{endpoint()} gave no whole answer ({why(error)}); check the network and "
         f"HF_ENDPOINT, and fetch again{kept}."
     )
 
@@ -423,14 +422,10 @@ def _unreached(error: BaseException) -> str:
     while cause is not None:
         no_way = isinstance(cause, OSError) and cause.errno in _NO_WAY
         if no_way or isinstance(cause, ConnectionRefusedError | socket.gaierror):
-            return _one_line(getattr(cause, "strerror", None) or cause)
+            return why(getattr(cause, "strerror", None) or cause)
         cause = cause.__cause__ or cause.__context__
     return ""
 
 
 def _in_brackets(said: str) -> str:
-    return f" ({_one_line(said)})" if said else ""
-
-
-def _one_line(said: object) -> str:
-    return " ".join(str(said).split()).rstrip(".")[:_SAID] or type(said).__name__
+    return f" ({why(said)})" if said else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npvlm.errors import NpvlmError
+from npvlm.errors import NpvlmError, why
 from npvlm.files.checkpoint import Stored, read_header
 from npvlm.files.npz import Head, Npz
 from npvlm.model.vqvae import CODEBOOK
@@ -64,8 +64,7 @@ def open_mask_decoder(path: Path) -> Weights:
     except NpvlmError:
         raise
     except Exception as error:  # a damaged archive makes its readers raise nearly anything
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise NpvlmError(f"{path} is no mask decoder that can be read ({reason}).") from error
+        raise NpvlmError(f"{path} is no mask decoder that can be read ({why(error)}).") from error
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise NpvlmError(f"{path}: {name} holds numbers that are not finite; is it damaged?")

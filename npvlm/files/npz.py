@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from npvlm.errors import NpvlmError
+from npvlm.errors import NpvlmError, why
 from npvlm.model.weights import Array
 
 LARGEST_UNPACKED = 2**30  # bytes of a compressed array, which has to be unpacked in memory
@@ -58,8 +58,7 @@ class Npz:
         except OSError as error:
             raise NpvlmError(f"{path} cannot be read: {error.strerror or error}.") from None
         except Exception as error:  # a damaged archive makes its reader raise nearly anything
-            reason = _reason(error)
-            raise NpvlmError(f"{path} is no .npz file ({reason}); copy it again.") from None
+            raise NpvlmError(f"{path} is no .npz file ({why(error)}); copy it again.") from None
         self._members: dict[str, zipfile.ZipInfo] = {}
         for member in self._archive.infolist():
             name = member.filename.replace("\\", "/")
@@ -164,12 +163,8 @@ class Npz:
             raise
         except Exception as error:  # as above
             raise NpvlmError(
-                f"{self.path}: {name} cannot be read ({_reason(error)}); copy the file again."
+                f"{self.path}: {name} cannot be read ({why(error)}); copy the file again."
             ) from None
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _head(start: bytes, size: int) -> Head:

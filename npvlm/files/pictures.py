@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError  # noqa: F401 (see _OPENING)
 
 from npvlm.config import Config, Fields, read_json
-from npvlm.errors import NpvlmError, UsageError
+from npvlm.errors import NpvlmError, UsageError, shortened, why
 
 Picture = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
 
@@ -126,8 +126,9 @@ def open_picture(source: Picture, draft: int | None = None) -> Image.Image:
     except MemoryError:
         raise NpvlmError(f"{said} does not fit into memory; make it smaller") from None
     except Exception as error:  # a damaged file makes Pillow's readers raise nearly anything
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise NpvlmError(f"{said} cannot be read as a picture ({reason}); is it damaged?") from None
+        raise NpvlmError(
+            f"{said} cannot be read as a picture ({why(error)}); is it damaged?"
+        ) from None
 
 
 def read_bounded(file: BinaryIO, said: str) -> bytes:
@@ -152,9 +153,7 @@ def read_bounded(file: BinaryIO, said: str) -> bytes:
 
 def said_name(name: str | Path) -> str:
     """A name as errors say it: on one line, and short enough to read."""
-    said = str(name)
-    said = said if said.isprintable() else ascii(said)
-    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+    return shortened(name, _LONGEST)
 
 
 def to_rgb(picture: Image.Image, said: str = "the picture") -> Image.Image:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from npvlm.config import LARGEST_JSON, parse_json, read_json, read_small
-from npvlm.errors import NpvlmError, UsageError
+from npvlm.errors import NpvlmError, UsageError, why
 from npvlm.files.checkpoint import read_header
 from npvlm.files.links import refuse_links_out
 from npvlm.files.npz import Npz
@@ -225,8 +225,7 @@ def _readable(path: Path) -> Iterator[None]:
     except NpvlmError:
         raise
     except Exception as error:  # a damaged file makes its readers raise nearly anything
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise NpvlmError(f"{path} cannot be read ({reason}); write it anew.") from error
+        raise NpvlmError(f"{path} cannot be read ({why(error)}); write it anew.") from error
 
 
 def _open_safetensors(path: Path) -> Dump:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from npvlm.errors import UsageError
+from npvlm.errors import UsageError, why
 from npvlm.files.names import canonical_name
 from npvlm.porting.stages import (
     JOINT,
@@ -278,10 +278,9 @@ def read_map(path: Path) -> dict[str, str]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise UsageError(
-            f'{path} is no map ({reason}), expected TOML, a line "stage" = "name in your dump" for '
-            "each stage, or JSON if it ends in .json."
+            f"{path} is no map ({why(error)}), expected TOML, a line "
+            '"stage" = "name in your dump" for each stage, or JSON if it ends in .json.'
         ) from error
     if not isinstance(values, dict):
         raise UsageError(f"{path} is no map, expected a name for each stage.")
