@@ -114,9 +114,11 @@ def run(pictures: Path, count: int, threads: int, together: int) -> Run:
         )
         looks = _watch(process, records)
         seconds = time.perf_counter() - began
-        if process.returncode or looks[-1].records != count:
-            raise SystemExit(f"the batch ended with {process.returncode} and {looks[-1].records}.")
-        sha256 = hashlib.sha256(records.read_bytes()).hexdigest()
+        content = records.read_bytes()
+        if process.returncode or content.count(b"\n") != count:
+            written = content.count(b"\n")
+            raise SystemExit(f"the batch ended with {process.returncode} and {written} records.")
+        sha256 = hashlib.sha256(content).hexdigest()
     done = np.array([look.records for look in looks]) / count
     late = [look for look, part in zip(looks, done, strict=True) if part >= 0.1]
     slope, _ = np.polyfit([look.records for look in late], [look.memory for look in late], 1)
@@ -132,7 +134,7 @@ def run(pictures: Path, count: int, threads: int, together: int) -> Run:
         most_memory=max(look.memory for look in looks),
         files=tuple(min(look.files for look in part) for part in (second, last)),
         cpu=(_cpu(looks, 0, count // 10), _cpu(looks, count - count // 10, count)),
-        yard=tuple(1000 * statistics.mean(look.yard for look in part) for part in (first, last)),
+        yard=tuple(1000 * statistics.mean(x.yard for x in part or looks) for part in (first, last)),
         sha256=sha256,
     )
 
@@ -177,7 +179,7 @@ def _yard() -> float:
 def _cpu(looks: list[Look], first: int, last: int) -> float:
     """Milliseconds of CPU for each record between two counts, read between the looks."""
     records = [look.records for look in looks]
-    first = max(first, records[0])
+    first, last = max(first, records[0]), min(last, records[-1])
     cpu = np.interp([first, last], records, [look.cpu for look in looks])
     return float(1000 * (cpu[1] - cpu[0]) / (last - first))
 
