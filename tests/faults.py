@@ -203,7 +203,9 @@ def signalled(bench: Bench, job: str, times: int = 1, **options: object) -> str 
         code, took = process.returncode, time.perf_counter() - sent
         if code not in (0, -number):
             bench.seconds[job].append(took)
-        if code == -number:  # Python itself was not yet up
+        if b"Failed to import the site module" in said:
+            return None  # Python itself was not yet up, and says so
+        if code == -number:  # nor here
             return None if not (out or said) else f"{number.name}: {said.decode()}"
         if code and not last_line(said).startswith("npvlm: "):
             return f"says no line of its own: {said.decode()[-2000:]}"

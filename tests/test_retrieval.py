@@ -15,6 +15,9 @@ from safetensors.numpy import load_file, save_file
 import npvlm
 from golden import our_colpali, ours
 from golden.our_ops import error
+from npvlm.answers import explanation_sheet
+from npvlm.answers import match as answers_match
+from npvlm.answers.explanation_sheet import Panel
 from npvlm.config import parse_config, read_json
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.index import STORES, Origin, Page, PageIndex, pack
@@ -121,7 +124,7 @@ def test_int8_loses_little_of_what_pages_score(retriever) -> None:
     assert 0.002 * spread < off["int8"] < 0.05 * spread
 
 
-def test_a_match_lights_the_patches_that_a_word_fits(retriever, tmp_path) -> None:
+def test_a_match_lights_the_patches_that_a_word_fits(retriever, tmp_path, monkeypatch) -> None:
     picture = Image.new("RGB", (80, 40), "white")
     picture.save(tmp_path / "page.png")
     page = retriever.embed_page(picture)
@@ -139,10 +142,20 @@ def test_a_match_lights_the_patches_that_a_word_fits(retriever, tmp_path) -> Non
     assert match.words[1].score == pytest.approx(1, abs=1e-6)
     assert match.words[1].peak == pytest.approx(((11 % 8 + 0.5) / 8, (11 // 8 + 0.5) / 8))
     assert sum(word.score for word in match.words) < match.score == hit.score
-    assert match.facts()[1]["peak"] == [35, 7]
+    assert match.facts()[1] == {"text": " red", "score": match.words[1].score, "peak": [35, 7]}
     expected = np.mean(own @ page[:64].T, axis=0).reshape(8, 8)
     np.testing.assert_allclose(match.heat, expected, atol=1e-6)
+    laid: list[tuple[str, str]] = []
+
+    def lay_out(panels: list[Panel], *_: str) -> Image.Image:
+        laid.extend((panel.title, panel.note) for panel in panels)
+        return explanation_sheet.lay_out(panels, *_)
+
+    monkeypatch.setattr(answers_match, "lay_out", lay_out)
     match.draw(tmp_path / "match.png")
+    assert [title for title, _ in laid] == ["", "(all)", "a", "red", "circle"]
+    scores = [match.score, *(word.score for word in match.words)]
+    assert [note for _, note in laid] == ["the page", *(f"{score:.2f}" for score in scores)]
     with Image.open(tmp_path / "match.png") as drawn:
         assert drawn.width > 600
     (tmp_path / "page.png").unlink()

@@ -12,6 +12,7 @@ from npvlm.kernels import packing
 from npvlm.model.ops import embed, linear
 from npvlm.model.weights import (
     GROUP,
+    Adapted,
     BFloat16,
     BFloat16Product,
     Int4,
@@ -379,3 +380,15 @@ def test_unpack_gives_any_weight_in_any_type() -> None:
     for weight in (w, round_to_bfloat16(w), pack_int8(w), pack_int4(w)):
         assert unpack(weight, np.float64).dtype == np.float64
         assert unpack(weight, np.float32).shape == w.shape
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_a_corrected_weight_is_its_formula_in_float64(longer: bool) -> None:
+    rng = np.random.default_rng(3)
+    base, down, up = (rng.standard_normal(s).astype(np.float32) for s in ((6, 5), (2, 5), (6, 2)))
+    gain = rng.uniform(0.5, 2, 6) if longer else None
+    expected = base.astype(np.float64) + 1.5 * (up.astype(np.float64) @ down.astype(np.float64))
+    expected = expected * gain[:, None] if gain is not None else expected
+    found = Adapted(base, down, up, 1.5, gain)
+    np.testing.assert_allclose(found.unpack(), expected, rtol=1e-14)
+    np.testing.assert_allclose(found[2:5].unpack(), expected[2:5], rtol=1e-14)
