@@ -131,7 +131,9 @@ class Bench:
         if job not in self.clean:
             given = self.folder / "given"
             if "dump.safetensors" in JOBS[job] and not (given / "dump.safetensors").exists():
-                (given / "dump.safetensors").write_bytes(self.of("trace").files["t.safetensors"])
+                traced = self.of("trace").files
+                (given / "dump.safetensors").write_bytes(traced["t.safetensors"])
+                (given / "dump.json").write_bytes(traced["t.json"])
             if job == "search" and not (given / "index.safetensors").exists():
                 index = self.of("embed").files["index.safetensors"]
                 (given / "index.safetensors").write_bytes(index)
