@@ -342,14 +342,26 @@ except Stopped as stop:
     assert (result.stdout, result.stderr) == ("15\n", "")
 
 
-def test_a_signal_is_heard_while_the_commands_are_imported() -> None:
-    code = """
+ARRIVES = "signal.raise_signal(signal.SIGTERM)"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        ARRIVES,
+        # Python before 3.12 makes a RuntimeError of what is raised here.
+        f"type('A', (), dict(b=type('B', (), dict(__set_name__=lambda *_: {ARRIVES}))()))",
+    ],
+    ids=["between", "while a class is made"],
+)
+def test_a_signal_is_heard_while_the_commands_are_imported(what: str) -> None:
+    code = f"""
 import signal, sys
 
 class Sender:
     def find_spec(self, name, *rest):
         if name == "npvlm.cli.commands":
-            signal.raise_signal(signal.SIGTERM)
+            {what}
 
 sys.meta_path.insert(0, Sender())
 from npvlm.cli import main

@@ -26,14 +26,24 @@ def main() -> NoReturn:
 
         code = run()
         deafen()
-    except (Stopped, KeyboardInterrupt) as stop:  # the latter only before `listen`
+    except BaseException as error:
+        if (number := _signal_behind(error)) is None:
+            raise
         deafen()
-        number = getattr(stop, "number", signal.SIGINT)
         with contextlib.suppress(Exception):  # imports may have been broken off
             begin = "\n" if sys.stderr.isatty() else ""  # behind ^C, or a line of progress
             print(f"{begin}npvlm: {SAID[number]}.", file=sys.stderr)
         code = 128 + number
     sys.exit(code)
+
+
+def _signal_behind(error: BaseException | None) -> int | None:
+    """Which signal an error stands for: Python wraps what ends the making of a class, say."""
+    while error is not None and not isinstance(error, Stopped | KeyboardInterrupt):
+        error = error.__cause__
+    if isinstance(error, Stopped):
+        return error.number
+    return None if error is None else signal.SIGINT  # KeyboardInterrupt: before `listen`
 
 
 class _Remarks(io.FileIO):
