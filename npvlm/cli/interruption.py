@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
 
 # What each of them is called where the command says why it ends.
-SAID = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+SAID: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 if hasattr(signal, "SIGHUP"):  # which Windows has not
     SAID[signal.SIGHUP] = "the terminal was closed"
 _depth = 0
