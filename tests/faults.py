@@ -290,6 +290,8 @@ def memory(bench: Bench, job: str) -> str | None:
 
         process = bench.start(job, place, preexec_fn=limit)
         said = process.communicate()[1]
+        if process.returncode == 1 and said.startswith(b"OpenBLAS error"):
+            return None  # which ends the process itself, in words of its own
         wrong = bench.judge(job, place, process.returncode, said, {0, 3})
         return wrong and f"{most / 1e6:.0f} MB ({kind}): {wrong}"
 

@@ -502,3 +502,30 @@ def test_help_and_version_answer_without_a_model() -> None:
         assert result.returncode == 0 and "Usage:" in result.stdout
     assert "top-k" in run("generate", "--help").stdout
     assert npvlm.__version__ in run("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("ImportError('libx.so.1: failed to map segment from shared object')", "out of memory;"),
+        ("OSError('Could not load libx.so. This may mean')", "Could not load libx.so; is there"),
+    ],
+)
+def test_a_library_that_finds_no_room_is_said_in_a_sentence(error: str, says: str) -> None:
+    code = f"""
+import sys
+
+class Full:
+    def find_spec(self, name, *rest):
+        if name == "numpy":
+            raise {error}
+
+sys.meta_path.insert(0, Full())
+sys.argv = ["npvlm", "caption", "absent.png"]
+from npvlm.cli import main
+main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 3 and one_line(result).startswith(f"npvlm: {says}")

@@ -31,7 +31,7 @@ from npvlm.cli.score import score
 from npvlm.cli.search import search
 from npvlm.cli.tokens import tokens
 from npvlm.cli.trace import trace
-from npvlm.errors import NpvlmError
+from npvlm.errors import NpvlmError, why
 
 EXIT_CODES = """\b
 Exit codes: 0 fine, 1 a check found a difference, 2 bad use,
@@ -79,6 +79,8 @@ def npvlm() -> None:
     """
 
 
+NO_MEMORY = "out of memory; use a smaller model, fewer pictures or beams, or another machine."
+
 for group in COMMANDS.values():
     for command in group:
         npvlm.add_command(command)
@@ -104,11 +106,17 @@ def run() -> int:
     except NpvlmError as error:
         return _fail(str(error), error.exit_code)
     except MemoryError:
-        said = "out of memory; use a smaller model, fewer pictures or beams, or another machine."
-        return _fail(said, 3)
+        return _fail(NO_MEMORY, 3)
+    except ImportError as error:
+        if "failed to map segment" not in str(error):  # as the linker says that there is no room
+            raise
+        return _fail(NO_MEMORY, 3)
     except BrokenPipeError:
         return _closed_pipe()
     except OSError as error:
+        if error.errno is None:  # a library's, of what it loads
+            said = why(error).partition(". ")[0]
+            return _fail(f"{said}; is there memory for it, and is it installed whole?", 3)
         return _fail(f"{error.filename or 'output'}: {error.strerror or error}.", 3)
     except SystemExit:  # how click itself ends on a closed pipe; nothing else here raises it
         return _closed_pipe()
