@@ -508,6 +508,7 @@ def test_help_and_version_answer_without_a_model() -> None:
     ("error", "says"),
     [
         ("ImportError('libx.so.1: failed to map segment from shared object')", "out of memory;"),
+        ("SystemError('compile returned NULL without setting an exception')", "out of memory;"),
         ("OSError('Could not load libx.so. This may mean')", "Could not load libx.so; is there"),
     ],
 )

@@ -79,7 +79,8 @@ def npvlm() -> None:
     """
 
 
-NO_MEMORY = "out of memory; use a smaller model, fewer pictures or beams, or another machine."
+# How the linker and Python's compiler say that there is no memory.
+_NO_ROOM = ("failed to map segment", "returned NULL without setting an exception")
 
 for group in COMMANDS.values():
     for command in group:
@@ -105,12 +106,9 @@ def run() -> int:
         return _fail(" ".join(error.format_message().split()) + hint, 2)
     except NpvlmError as error:
         return _fail(str(error), error.exit_code)
-    except MemoryError:
-        return _fail(NO_MEMORY, 3)
-    except ImportError as error:
-        if "failed to map segment" not in str(error):  # as the linker says that there is no room
+    except (MemoryError, ImportError, SystemError) as error:
+        if not isinstance(error, MemoryError) and not any(no in str(error) for no in _NO_ROOM):
             raise
-        return _fail(NO_MEMORY, 3)
     except BrokenPipeError:
         return _closed_pipe()
     except OSError as error:
@@ -120,6 +118,10 @@ def run() -> int:
         return _fail(f"{error.filename or 'output'}: {error.strerror or error}.", 3)
     except SystemExit:  # how click itself ends on a closed pipe; nothing else here raises it
         return _closed_pipe()
+    # Only now: the error is gone, and with it what was in hand.
+    return _fail(
+        "out of memory; use a smaller model, fewer pictures or beams, or another machine.", 3
+    )
 
 
 def _fail(message: str, code: int) -> int:
