@@ -233,7 +233,8 @@ def test_everything_small_beside_the_weights_comes_along(tmp_path: Path) -> None
     with (source / "large.dat").open("wb") as file:
         file.truncate(2**25 + 1)
     convert(source, tmp_path / "new", "int8", quiet)
-    assert left_in(tmp_path / "new") == sorted([*along, "config.json", "model.safetensors"])
+    made = ["config.json", "model.safetensors", "preprocessor_config.json"]  # which it lacked
+    assert left_in(tmp_path / "new") == sorted([*along, *made])
     for name in along:
         assert (tmp_path / "new" / name).read_bytes() == (source / name).read_bytes()
 
@@ -637,7 +638,7 @@ def test_the_mask_decoder_comes_along_under_its_own_name(
     (tmp_path / name if beside else source / name).write_text("masks")
     (tmp_path / "there").mkdir()
     convert(source, tmp_path / "there/new", "bfloat16", quiet)
-    expected = sorted([name, "config.json", "model.safetensors"])
+    expected = sorted([name, "config.json", "model.safetensors", "preprocessor_config.json"])
     assert left_in(tmp_path / "there/new") == expected
     assert (tmp_path / "there/new" / name).read_text() == "masks"
 
