@@ -509,6 +509,7 @@ def test_help_and_version_answer_without_a_model() -> None:
     [
         ("ImportError('libx.so.1: failed to map segment from shared object')", "out of memory;"),
         ("SystemError('compile returned NULL without setting an exception')", "out of memory;"),
+        ("SystemError('error return without exception set')", "out of memory;"),
         ("OSError('Could not load libx.so. This may mean')", "Could not load libx.so; is there"),
     ],
 )

@@ -79,8 +79,8 @@ def npvlm() -> None:
     """
 
 
-# How the linker and Python's compiler say that there is no memory.
-_NO_ROOM = ("failed to map segment", "returned NULL without setting an exception")
+# How the linker and the inside of Python say that there is no memory.
+_NO_ROOM = ("failed to map segment", "without setting an exception", "without exception set")
 
 for group in COMMANDS.values():
     for command in group:
