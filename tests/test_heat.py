@@ -32,6 +32,12 @@ def test_heat_runs_smoothly_from_one_middle_to_the_next_and_stays_behind_the_las
     np.testing.assert_allclose(line[[20, 25, 35]], 255 * covers, atol=0.5)
 
 
+def test_heat_runs_the_same_to_either_side() -> None:
+    heat = [[0, 0.2, 1, 0], [0, 0, 0, 0], [0.6, 0, 0, 0]]
+    turned = [row[::-1] for row in heat[::-1]]
+    assert np.array_equal(pixels(heat, 20, 9), pixels(turned, 20, 9)[::-1, ::-1])
+
+
 def test_every_patch_is_in_the_middle_of_its_own_pixels() -> None:
     for at in np.ndindex(3, 4):
         heat = np.zeros((3, 4))

@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 
 from npvlm.answers.attention import attention_weights
-from npvlm.config import Config
+from npvlm.config import Config, TextConfig
 from npvlm.model import gemma, paligemma, siglip
 from npvlm.model.cache import Rows, new_cache
 from npvlm.model.ops import Index
@@ -92,18 +92,20 @@ def attention(
             if name.endswith(".q_rope"):
                 queries[layer] = value
             elif name.endswith(".k_rope"):
-                weights[place] = _weights(queries[layer], value, n, config)
+                weights[place] = _weights(queries[layer], value, config.text_config)
         return value
 
     _read(ids, features, max(layers) + 1, w, config, ops=ops, tap=weigh)
     return weights
 
 
-def _weights(q: Array, k: Array, layer: int, config: Config) -> Array:
-    """The weights of one layer, head by head. q [T, H, d], k [T, K, d] -> [H, T, T]"""
-    text, T = config.text_config, len(q)
-    sliding = text.layer_types[layer] == "sliding_attention"
-    rows = Rows.of(0, T, range(T)).sliding(text.sliding_window if sliding else None)
+def _weights(q: Array, k: Array, text: TextConfig) -> Array:
+    """The weights of one layer, head by head. q [T, H, d], k [T, K, d] -> [H, T, T]
+
+    A prompt sees all of itself, in a layer with a window, too.
+    """
+    T = len(q)
+    rows = Rows.of(0, T, range(T))
     group = q.shape[1] // k.shape[1]
     heads = [
         attention_weights(

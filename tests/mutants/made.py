@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import libcst as cst
@@ -15,23 +13,9 @@ from mutmut.mutation.file_mutation import MutationVisitor, deep_replace
 from mutmut.mutation.mutators import mutation_operators
 from mutmut.mutation.pragma_handling import IgnoredCode
 
-PACKAGE = Path(__file__).parents[2] / "npvlm"
+from tests.mutants.exchanged import ROOT, Mutant
 
-
-@dataclass(frozen=True)
-class Mutant:
-    """One function with one change."""
-
-    file: str  # below npvlm/
-    function: str  # its qualified name
-    line: int  # where the change begins
-    diff: str  # the lines taken away and put in
-    source: str  # the function or its class, changed, on the lines where it stands
-
-    @property
-    def key(self) -> str:
-        """The same for the same change of the same function, wherever the function stands."""
-        return f"{self.file} {self.function} {hashlib.sha256(self.diff.encode()).hexdigest()[:12]}"
+PACKAGE = ROOT / "npvlm"
 
 
 class Visitor(MutationVisitor):

@@ -13,8 +13,7 @@ which touch which function, and forks for each mutant; the child puts the mutant
 function and runs the tests that touch it, the quickest first and for a second
 (four with --again), until one fails.
 
-A test that starts a process shows that process the sources as they are. What such tests alone
-hold, most of files/download.py, counts as not noticed.
+A process that a test starts meets the mutant as soon as it imports the module.
 
 Results are kept in build/mutants, so that a run that was broken off goes on. figures.md has the
 counts and every mutant that survived. Outside functions mutmut makes no mutants, nor of
@@ -38,7 +37,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.made import PACKAGE, Mutant, mutants_of
+from tests.mutants.exchanged import Mutant
+from tests.mutants.made import PACKAGE, mutants_of
 from tests.mutants.tried import Runner
 
 ROOT = PACKAGE.parent
@@ -200,7 +200,9 @@ def main() -> None:
     # One thread each, in a layer that survives a fork: a kernel runs here before the children do.
     os.environ |= {"NUMBA_THREADING_LAYER": "tbb", "NUMBA_NUM_THREADS": "1"}
     os.environ |= {"OPENBLAS_NUM_THREADS": "1"}
-    ctypes.CDLL(str(Path(sys.prefix) / "lib" / "libtbb.so.12"), ctypes.RTLD_GLOBAL)
+    libraries = Path(sys.prefix) / "lib"
+    os.environ["LD_LIBRARY_PATH"] = str(libraries)  # for the processes that tests start
+    ctypes.CDLL(str(libraries / "libtbb.so.12"), ctypes.RTLD_GLOBAL)
     for group in asked.groups:
         if not (child := os.fork()):  # a group changes nothing for the next
             try_group(group, asked.again, asked.sample)

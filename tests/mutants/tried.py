@@ -1,12 +1,9 @@
 """A run of pytest in which every mutant meets the tests that touch it, each in a child."""
 
 from __future__ import annotations
-import __future__
 
-import ast
 import functools
 import gc
-import importlib
 import json
 import math
 import os
@@ -18,56 +15,21 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 
-from tests.mutants.made import Mutant
+from tests.mutants.exchanged import (
+    Mutant,
+    codes,
+    exchange,
+    exchange_in_processes,
+    loaded,
+    note_in_processes,
+)
 
-# A test that takes more CPU seconds is shown no mutant; nor is one that starts a process, which
-# would run the sources as they are.
-SLOW = 1.5
+SLOW = 3.0  # a test that takes more CPU seconds, with its processes, is shown no mutant
 UNTESTED = 77  # the exit code of a child that could not make its mutant
-
-
-def loaded(file: str, function: str) -> FunctionType:
-    """The function of the loaded module, whatever its decorators made of it."""
-    found: Any = importlib.import_module("npvlm." + file.removesuffix(".py").replace("/", "."))
-    for part in function.split("."):
-        found = vars(found)[part]
-    while not isinstance(found, FunctionType) or hasattr(found, "__wrapped__"):
-        wrapped = (
-            getattr(found, name, None) for name in ("__wrapped__", "__func__", "fget", "func")
-        )
-        found = next(inner for inner in wrapped if inner)
-    return found
-
-
-def codes(code: CodeType) -> Iterator[CodeType]:
-    """A piece of compiled code, and all that lie in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from codes(constant)
-
-
-def exchange(mutant: Mutant) -> None:
-    """Put the mutant's code and defaults into the function as it is loaded."""
-    function = loaded(mutant.file, mutant.function)
-    flags = __future__.annotations.compiler_flag
-    tree = ast.parse(mutant.source)
-    compiled = compile(tree, function.__code__.co_filename, "exec", flags, dont_inherit=True)
-    function.__code__ = next(c for c in codes(compiled) if c.co_qualname == mutant.function)
-    name = mutant.function.rpartition(".")[2]
-    node = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name)
-
-    def value(default: ast.expr) -> Any:
-        return eval(compile(ast.Expression(default), "default", "eval"), function.__globals__)
-
-    function.__defaults__ = tuple(map(value, node.args.defaults)) or None
-    named = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-    function.__kwdefaults__ = {a.arg: value(d) for a, d in named if d is not None} or None
 
 
 class Runner:
@@ -134,12 +96,13 @@ class Runner:
         A fixture may be set up once for many tests: what it touches is noted for its whole file.
         """
         names = {}
-        for file, function in {(m.file, m.function) for m in self.mutants}:
-            for code in codes(loaded(file, function).__code__):
-                names[code] = f"{file} {function}"
+        wanted = {f"{m.file} {m.function}" for m in self.mutants}
+        for name in wanted:
+            for code in codes(loaded(*name.split()).__code__):
+                names[code] = name
         hit: set[str] = set()
-        started: list[bool] = []  # whether a test started a process
-        sys.addaudithook(lambda event, _: event == "subprocess.Popen" and started.append(True))
+        place = Path(tempfile.mkdtemp(prefix="watched-"))
+        calls = note_in_processes(place)
         shared: dict[Path, set[str]] = defaultdict(set)
         slow = set(json.loads(self.slow.read_text())) if self.slow.exists() else set()
         items = [item for item in items if item.nodeid not in slow]
@@ -151,21 +114,23 @@ class Runner:
 
         for item, following in zip(items, [*items[1:], None], strict=True):
             hit.clear()
-            started.clear()
+            calls.write_text("")
             self.reports.clear()
             self.after_setup = lambda path=item.path: shared[path].update(hit)
-            start = time.process_time()
+            start = sum(os.times()[:4])  # of processes that it waited for, too
             sys.setprofile(watch)
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             sys.setprofile(None)
-            cost[item] = time.process_time() - start
-            touched[item] = set(hit)
+            cost[item] = sum(os.times()[:4]) - start
+            touched[item] = hit | wanted.intersection(calls.read_text().splitlines())
             if any(report.failed for report in self.reports):
                 print("fails without a mutant, and is left out:", item.nodeid)
                 slow.add(item.nodeid)
-            elif cost[item] > SLOW or started:
+            elif cost[item] > SLOW:
                 slow.add(item.nodeid)
         del self.after_setup
+        del os.environ["PYTHONPATH"]
+        shutil.rmtree(place)
         self.slow.write_text(json.dumps(sorted(slow), indent=0))
         found: dict[str, dict[Any, float]] = defaultdict(dict)
         for item in items:
@@ -194,13 +159,14 @@ class Runner:
                     os.dup2(silent, stream)
                 tempfile.tempdir = place
                 resource.setrlimit(resource.RLIMIT_CPU, (int(seconds + 1), int(seconds + 2)))
-                resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+                resource.setrlimit(resource.RLIMIT_DATA, (2**33, 2**33))
                 for cached in caches:
                     cached.cache_clear()
                 items = list(tests)
                 items[0].config._tmp_path_factory._basetemp = Path(place)
                 if mutant:
                     exchange(mutant)
+                    exchange_in_processes(mutant, Path(place) / "processes")
             except BaseException:
                 os._exit(UNTESTED)
             try:
