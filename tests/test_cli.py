@@ -531,3 +531,18 @@ main()
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert result.returncode == 3 and one_line(result).startswith(f"npvlm: {says}")
+
+
+def test_a_python_without_what_npvlm_needs_is_said() -> None:
+    """-S leaves out the packages that are installed."""
+    command = [sys.executable, "-S", str(ROOT / "cli.py"), "caption", "x.png"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 3
+    assert f"{sys.executable} has no module click" in one_line(result)
+
+
+def test_a_python_that_is_too_old_is_said() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.version_info = (3, 10, 2)\n"
+    command = [sys.executable, "-c", f"{code}from npvlm.cli import main; main()"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 3 and "expected 3.11 to 3.13; use one of these" in one_line(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,17 @@ def test_code_for_other_arguments_is_not_used(toy: Path) -> None:
     second.replace(first)
     assert use(toy, "1") == [COMPILES, "2"]
     assert use(toy, "1.5") == [COMPILES, "3.0"]
+    assert [use(toy, "1"), use(toy, "1.5")] == [["2"], ["3.0"]]
+
+
+def test_processes_that_fill_one_cache_at_once_disturb_none(toy: Path) -> None:
+    values = ["1", "1.5"] * 2
+    with ThreadPoolExecutor(len(values)) as pool:
+        said = list(pool.map(lambda value: use(toy, value), values))
+    assert [lines[-1] for lines in said] == ["2", "3.0"] * 2
+    assert all(lines[:-1] in ([], [COMPILES]) for lines in said)
+    for value in values[:2]:
+        use(toy, value)  # of two that were kept under one name, the last is there
     assert [use(toy, "1"), use(toy, "1.5")] == [["2"], ["3.0"]]
 
 

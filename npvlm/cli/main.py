@@ -19,6 +19,9 @@ _BYTES: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
+    if sys.version_info < (3, 11):  # noqa: UP036 (from a checkout, nothing else asks)
+        found = f"is Python {sys.version.split()[0]}, expected 3.11 to 3.13"
+        sys.exit(_no_python(found, "use one of these, such as .venv/bin/python"))
     try:
         listen()
         _open_streams()
@@ -26,6 +29,12 @@ def main() -> NoReturn:
 
         code = run()
         deafen()
+    except ModuleNotFoundError as error:
+        if (error.name or "npvlm").partition(".")[0] == "npvlm":
+            raise
+        found = f"has no module {error.name}, which npvlm needs"
+        install = f"{sys.executable} -m pip install -r requirements.txt"
+        code = _no_python(found, f"use .venv/bin/python, or run {install}")
     except BaseException as error:
         if (number := _signal_behind(error)) is None:
             raise
@@ -35,6 +44,12 @@ def main() -> NoReturn:
             print(f"{begin}npvlm: {SAID[number]}.", file=sys.stderr)
         code = 128 + number
     sys.exit(code)
+
+
+def _no_python(why: str, do: str) -> int:
+    """Say why this Python cannot run npvlm; the exit code."""
+    print(f"npvlm: {sys.executable} {why}; {do}.", file=sys.stderr)
+    return 3
 
 
 def _signal_behind(error: BaseException | None) -> int | None:

@@ -177,7 +177,7 @@ class Runner:
             except BaseException:  # a mutant may stop pytest itself
                 os._exit(1)
         watched = os.pidfd_open(child)
-        if not select.select([watched], [], [], 20 * seconds + 60)[0]:
+        if not select.select([watched], [], [], 5 * seconds + 20)[0]:
             os.killpg(child, signal.SIGKILL)
         os.close(watched)
         _, status = os.waitpid(child, 0)
