@@ -46,7 +46,7 @@ from npvlm.asked import (
     texts_of,
 )
 from npvlm.computing import TURNS
-from npvlm.config import Config, read_config
+from npvlm.config import Config
 from npvlm.decoding.beams import beam_search
 from npvlm.decoding.generate import generate, logits
 from npvlm.decoding.prompt import TextStream, layout
@@ -62,14 +62,13 @@ from npvlm.files.pictures import (
     Preprocessor,
     open_picture,
     pixel_values,
-    read_preprocessor,
 )
 from npvlm.files.tokenizer import Tokenizer, load_tokenizer
 from npvlm.model import paligemma, vqvae
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap, closed
 from npvlm.model.weights import Array, Weights
-from npvlm.opening import find_folder, open_weights
+from npvlm.opening import find_place, open_weights, read_settings
 from npvlm.packs import PACKED_TOKENS, Prepared, Started, UntilError, packs_of, read_ahead
 
 MOST_BEAMS = 100  # each has keys and values of its own, and a row of scores
@@ -100,8 +99,9 @@ def load(
     Parameters
     ----------
     model : the name of a bundled model ("shapes"), a checkpoint folder with config.json,
-        *.safetensors, tokenizer.model and preprocessor_config.json as published, or what
-        `npvlm fetch` has brought, by its name ("paligemma-3b-mix-224", "OWNER/NAME@REVISION")
+        *.safetensors, tokenizer.model and preprocessor_config.json as published, what
+        `npvlm fetch` has brought, by its name ("paligemma-3b-mix-224", "OWNER/NAME@REVISION"), or
+        an .npz file of big_vision beside a tokenizer.model, whose weights go into memory
     precision : "float32" (float32 arithmetic on weights as stored), "bfloat16", "int8" or "int4";
         by default what `npvlm convert` packed the folder for, float32 for any other. Weights that
         are not stored so are rounded or packed in memory, which takes time and room
@@ -135,18 +135,16 @@ def open_model(
 
     Parameters and errors are those of `load`.
     """
-    folder = find_folder(model)
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder, config)
+    place = find_place(model)
+    config, tokenizer, preprocessor = read_settings(place)
     if not config.eos_token_ids:
         config = replace(config, eos_token_ids=(tokenizer.eos_id,))
-    preprocessor = read_preprocessor(folder, config)
     opened = open_adapter(Path(adapter).expanduser()) if adapter is not None else None
-    weights, precision, namespace = open_weights(folder, config, precision, ops, opened)
+    weights, precision, namespace = open_weights(place, config, precision, ops, opened)
     fitted = fit_rows(config, weights)
     if fitted != config:
-        config, tokenizer = fitted, load_tokenizer(folder, fitted)
-    read = tokenizer, preprocessor
+        config, tokenizer = fitted, load_tokenizer(place, fitted)
+    read, folder = (tokenizer, preprocessor), place if place.is_dir() else place.parent
     return Model(str(model), folder, config, weights, *read, precision, namespace, opened)
 
 

@@ -5,36 +5,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 from npvlm.computing import TURNS
-from npvlm.config import PRECISIONS, Config
+from npvlm.config import PRECISIONS, Config, parse_config, read_config, read_json
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files import hub
 from npvlm.files.adapters import Adapter
-from npvlm.files.big_vision import convert_command, find_npz
+from npvlm.files.big_vision import (
+    TOKENIZERS,
+    Turned,
+    convert_command,
+    find_npz,
+    find_tokenizer,
+    open_big_vision,
+)
 from npvlm.files.checkpoint import open_checkpoint
 from npvlm.files.links import refuse_links_out
 from npvlm.files.memory import check_memory
-from npvlm.files.needs import packed_bytes, working_bytes
+from npvlm.files.needs import made_bytes, working_bytes
 from npvlm.files.packed import at_precision
+from npvlm.files.pictures import Preprocessor, parse_preprocessor, read_preprocessor
+from npvlm.files.published import preprocessor_values
+from npvlm.files.tokenizer import Tokenizer, complete_tokenizer, load_tokenizer
 from npvlm.model import ops as definitions
-from npvlm.model.weights import PACKERS, Packer, Weights
+from npvlm.model.weights import PACKERS, Packer, Weight, Weights
 
 BUNDLED = Path(__file__).parent / "bundled"
 
 
-def find_folder(model: str | Path) -> Path:
-    """The folder of a model: a bundled one, a checkpoint folder, or one in the hub's cache.
+def find_place(model: str | Path) -> Path:
+    """The folder of a model, or the .npz file of big_vision that it is or holds.
 
-    A bundled one is as it was installed; any other may be a stranger's.
+    The folder is a bundled one, a checkpoint folder, or one in the hub's cache. A bundled one is
+    as it was installed; any other may be a stranger's.
+
+    Raises
+    ------
+    NpvlmError
+        Where there is none, or a link in it leads out of it.
     """
     bundled = sorted(path.name for path in BUNDLED.iterdir() if (path / "config.json").is_file())
     folder = BUNDLED / model if str(model) in bundled else Path(model).expanduser()
     if str(model) and (file := find_npz(folder)):
-        raise NpvlmError(
-            f"{file} is an .npz file, expected a folder of safetensors; a checkpoint of big_vision "
-            f"becomes one by {convert_command(file)}"
-        )
+        return file
     try:
         found = folder.is_dir() and str(model) != ""
     except OSError:  # a name too long for a file
@@ -58,32 +72,97 @@ def find_folder(model: str | Path) -> Path:
     )
 
 
+def find_folder(model: str | Path) -> Path:
+    """The folder of a model, for what needs one.
+
+    Raises
+    ------
+    NpvlmError
+        As `find_place` does, or for an .npz file.
+    """
+    place = find_place(model)
+    if place.is_file():
+        raise NpvlmError(
+            f"{place} is an .npz file, expected a folder of safetensors; a checkpoint of "
+            f"big_vision becomes one by {convert_command(place)}"
+        )
+    return place
+
+
+def read_values(place: Path) -> dict[str, Any]:
+    """The contents of a model's config.json, or what the arrays of an .npz say it to be."""
+    return open_big_vision(place).config if place.is_file() else read_json(place / "config.json")
+
+
+def read_settings(place: Path) -> tuple[Config, Tokenizer, Preprocessor]:
+    """Read what a folder's small files say, or what an .npz and the vocabulary beside it tell.
+
+    Raises
+    ------
+    NpvlmError
+        In one sentence: what is missing or wrong.
+    """
+    if place.is_dir():
+        config = read_config(place)
+        return config, load_tokenizer(place, config), read_preprocessor(place, config)
+    config = parse_config(read_values(place), None, f"{place}: ")
+    vision, vocabulary = config.vision_config, find_tokenizer(place)
+    if vocabulary is None:
+        raise NpvlmError(
+            f"{place.parent} has no {' or '.join(TOKENIZERS)}, expected one beside {place.name}: "
+            "that of any published PaliGemma."
+        )
+    pictures = preprocessor_values(vision.image_size, vision.patch_size)
+    tokenizer = complete_tokenizer(vocabulary, config)
+    return config, tokenizer, parse_preprocessor(pictures, f"{place}: ", config)
+
+
 def open_weights(
-    folder: Path,
+    place: Path,
     config: Config,
     precision: str | None,
     ops: str,
     adapter: Adapter | None = None,
 ) -> tuple[Weights, str, ModuleType]:
-    """The weights of a folder as a precision computes with them, its name, and what computes.
+    """The weights of a model as a precision computes with them, its name, and what computes.
 
     Parameters and errors are those of `load`.
     """
-    precision = _precision(folder, config, precision)
+    precision = _precision(place, config, precision)
     namespace, packers = _namespace(ops)
-    weights = open_checkpoint(folder, config)
+    file = open_big_vision(place) if place.is_file() else None
+    # An .npz gives rows of its weights, as any weight does: nothing more is asked of them here.
+    weights = cast("dict[str, Weight]", file.weights) if file else open_checkpoint(place, config)
     if adapter:
         weights = adapter.replace(weights)
-    packed = 0 if config.quantization else packed_bytes(weights, precision)
-    what = f"{folder} in {precision}, with one picture," if packed else f"{folder} with one picture"
-    smaller = "convert it on a larger machine" if packed else "take a smaller model"
-    check_memory(packed + working_bytes(config), what, f"stop other programs, or {smaller}")
+    check_fits(place, config, weights, precision)
+    if file:
+        file.check()
     if not config.quantization:
         with TURNS.take(namespace):
             weights = at_precision(weights, precision, packers)
+    weights = {n: w.whole() if isinstance(w, Turned) else w for n, w in weights.items()}
     if adapter:
         weights = adapter.correct(weights)
     return Weights(weights), precision, namespace
+
+
+def check_fits(
+    place: Path, config: Config, weights: Mapping[str, Weight | Turned], precision: str
+) -> None:
+    """Refuse a model that takes more memory than there is: what is made of its weights, and a run.
+
+    Raises
+    ------
+    NpvlmError
+        With both numbers.
+    """
+    made = 0 if config.quantization else made_bytes(weights, precision)
+    what = f"{place} in {precision}, with one picture," if made else f"{place} with one picture"
+    smaller = "convert it on a larger machine" if made else "take a smaller model"
+    if place.is_file():
+        smaller = f"make a folder of it, whose weights are mapped: {convert_command(place)}"
+    check_memory(made + working_bytes(config), what, f"stop other programs, or {smaller}")
 
 
 def _namespace(ops: str) -> tuple[ModuleType, Mapping[str, Packer]]:

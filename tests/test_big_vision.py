@@ -23,14 +23,17 @@ from safetensors.numpy import load_file
 import npvlm
 from golden import big_vision as oracle
 from golden import ours
+from npvlm import opening
 from npvlm.config import parse_config, read_config
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.big_vision import open_big_vision
 from npvlm.files.checkpoint import open_checkpoint, read_header
 from npvlm.files.names import EMBED_TOKENS
+from npvlm.files.needs import mapped_bytes, working_bytes
 from npvlm.files.pictures import open_picture, pixel_values
 from npvlm.files.published import config_values
 from npvlm.model.weights import BFloat16, Weight
+from npvlm.opening import find_folder
 from npvlm.work.convert import convert
 from npvlm.work.inspect import inspect
 from npvlm.work.inspect_page import page
@@ -212,6 +215,53 @@ def test_a_precision_is_reached_from_the_file_as_from_the_folder(
     convert(folder, tmp_path / "after", precision, quiet)
     at_once, after = opened(tmp_path / "at once"), opened(tmp_path / "after")
     assert {n: bits_of(w) for n, w in at_once.items()} == {n: bits_of(w) for n, w in after.items()}
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["alone", "with an adapter"])
+@pytest.mark.parametrize("precision", [None, "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("ops", ["numpy", "kernels"])
+@pytest.mark.parametrize("name", NAMES)
+def test_loaded_it_has_the_bits_of_the_folder_made_of_it(
+    converted: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    ops: str,
+    precision: str | None,
+    adapted: bool,
+) -> None:
+    folder, lora = converted[name], None
+    if adapted:
+        targets = ("q_proj", "up_proj", "multi_modal_projector.linear")
+        lora = save_lora(tmp_path / "lora", lora_tensors(folder, targets=targets))
+    picture = Image.fromarray(load_file(FORMATS / f"{name}.safetensors")["picture"])
+    models = [npvlm.load(place, precision, ops, lora) for place in (folder.parent, folder)]
+    one, two = (m.logits(picture, "caption en", RECORD[name]["answer"]) for m in models)
+    assert np.array_equal(one, two)
+    assert mapped_bytes(models[0].weights) == 0
+    assert models[0].preprocessor == models[1].preprocessor
+
+
+def test_it_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
+    source = place_with(tmp_path / "downloads")
+    with pytest.raises(NpvlmError, match=r"has no tokenizer\.model or paligemma_tokenizer\.model"):
+        npvlm.load(source)
+    shutil.copy(FORMATS / "bv1.tokenizer.model", source.parent / "tokenizer.model")
+    npvlm.load(source)
+    content = bytearray(source.read_bytes())
+    content[content.index(b"q_einsum") + 300] ^= 1
+    source.write_bytes(content)
+    with pytest.raises(NpvlmError, match="q_einsum"):
+        npvlm.load(source)
+
+
+def test_it_needs_the_memory_of_all_its_weights(tmp_path: Path, monkeypatch) -> None:
+    source = place_with(tmp_path / "downloads", "tokenizer.model")
+    asked: list[int] = []
+    monkeypatch.setattr(opening, "check_memory", lambda needed, *_: asked.append(needed))
+    model = npvlm.load(source)
+    stored = sum(2 * math.prod(weight.shape) for weight in dict(model.weights).values())
+    npvlm.load(source, "bfloat16")
+    assert asked == [stored + working_bytes(model.config)] * 2
 
 
 def test_arrays_in_the_order_of_fortran_are_read_as_well(tmp_path: Path) -> None:
@@ -546,17 +596,56 @@ def test_memory_holds_a_few_blocks_however_large_an_array_is(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("named", ["the file", "its folder"])
-def test_loading_it_says_the_command_that_makes_a_folder_of_it(tmp_path: Path, named: str) -> None:
+def test_what_needs_a_folder_says_the_command_that_makes_one(tmp_path: Path, named: str) -> None:
     source = place_with(tmp_path / "my downloads", "paligemma_tokenizer.model")
     model = source if named == "the file" else source.parent
     with pytest.raises(NpvlmError, match="a checkpoint of big_vision becomes one by") as caught:
-        npvlm.load(model)
+        find_folder(model)
     command = shlex.split(str(caught.value).partition("becomes one by ")[2])
     assert command == ["npvlm", "convert", str(source), "pt_224"]
     result = run(*command[1:-1], tmp_path / command[-1])
     assert (result.returncode, result.stdout) == (0, "")
     assert result.stderr.splitlines()[-1] == f"{tmp_path / 'pt_224'} is written."
     assert npvlm.load(tmp_path / "pt_224").config.image_token_index == 331
+
+
+def test_a_command_answers_with_the_file_and_says_how_to_load_it_faster(tmp_path: Path) -> None:
+    source = place_with(tmp_path / "downloads", "paligemma_tokenizer.model")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    asked = ("caption", tmp_path / "red.png", "--max-tokens", 3, "--json", "--model")
+    result = run(*asked, source)
+    assert result.returncode == 0
+    said = f"a folder maps them: npvlm convert {source} pt_224"
+    assert said in result.stderr
+    convert(source, tmp_path / "new", None, quiet)
+    records = [json.loads(text) for text in (result.stdout, run(*asked, tmp_path / "new").stdout)]
+    assert records[0].pop("model") == str(source) and records[1].pop("model")
+    for record in records:
+        del record["seconds"]
+    assert records[0] == records[1]
+    said = run("tokens", "caption en", "--model", source.parent)
+    assert said.returncode == 0 and said.stdout == run(*said.args[2:-1], tmp_path / "new").stdout
+
+
+def test_a_trace_of_the_file_is_one_of_the_folder_made_of_it(tmp_path: Path) -> None:
+    source = place_with(tmp_path / "downloads", "tokenizer.model")
+    convert(source, tmp_path / "new", None, quiet)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    for name, model in (("one", source), ("two", tmp_path / "new")):
+        given = (
+            "--prompt",
+            "caption en",
+            "--model",
+            model,
+            "--save",
+            tmp_path / f"{name}.safetensors",
+        )
+        assert run("trace", tmp_path / "red.png", *given).returncode == 0
+    traces = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    assert run("compare", *traces).returncode == 0
+    assert run("compare", *traces, "--model", source).returncode == 0
+    notes = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
+    assert notes[0]["config"] == notes[1]["config"]
 
 
 def test_the_command_takes_a_folder_with_one_file_and_refuses_one_with_two(tmp_path: Path) -> None:
@@ -589,6 +678,7 @@ def test_inspect_says_what_the_file_holds_and_what_to_do(tmp_path: Path) -> None
     source = place_with(tmp_path / "downloads", "paligemma_tokenizer.model")
     found = inspect(str(source))
     said = page(found)
+    assert f"or once for all: npvlm convert {source} pt_224" in " ".join(said.split())
     for words in (
         "PaliGemma 1, of no published size",
         "15 px, 9 image tokens",
@@ -596,12 +686,12 @@ def test_inspect_says_what_the_file_holds_and_what_to_do(tmp_path: Path) -> None
         "names       those of big_vision",
         "stored      BF16: 32 tensors, ",
         "paligemma_tokenizer.model (SentencePiece), 331 pieces",
-        f"npvlm convert {source} pt_224",
+        "load        would open it",
     ):
         assert words in said, words
     assert not found.problems
     result = run("inspect", source.parent, "--json")
-    assert result.returncode == 1 and json.loads(result.stdout)["sizes"]["resolution"] == 15
+    assert result.returncode == 0 and json.loads(result.stdout)["sizes"]["resolution"] == 15
 
 
 def test_inspect_says_why_a_file_is_none(tmp_path: Path) -> None:

@@ -25,12 +25,12 @@ def inspect(model: str, as_json: bool) -> int:
     Exit codes: 0 it would load, 1 it would not (and why), 3 there is no such folder.
     """
     from npvlm.files.adapters import is_adapter
+    from npvlm.opening import find_place
     from npvlm.work.inspect import inspect as run
     from npvlm.work.inspect_adapter import adapter_page, inspect_adapter
     from npvlm.work.inspect_page import page
-    from npvlm.work.sources import locate
 
-    if is_adapter(place := locate(model)):
+    if is_adapter(place := find_place(model)):
         beside = inspect_adapter(place)
         click.echo(json.dumps(beside.to_dict()) if as_json else adapter_page(beside))
         return 0 if beside.refusal is None else 1

@@ -151,27 +151,45 @@ def open_model(
     from npvlm.api import load
     from npvlm.errors import NpvlmError
     from npvlm.files.checkpoint import left_out
-    from npvlm.opening import find_folder
+    from npvlm.opening import find_place
 
     try:
-        find_folder(model)
+        place = find_place(model)
     except NpvlmError as error:
         if os.environ.get(MODEL_VARIABLE) != model:
             raise
         raise NpvlmError(f"${MODEL_VARIABLE}: {error}") from None
-    if not quiet and precision in PACKED and read_config(find_folder(model)).quantization is None:
-        note = f"weights are packed as {precision} in memory; `npvlm convert` does so once for all."
-        click.echo(f"npvlm: {note}", err=True)
+    if not quiet:
+        _say_what_is_made(place, precision)
     if ops == "kernels":
         say_when_compiling(quiet)
     opened = load(model, precision, ops, adapter)
     if not quiet:
         _say_when_crowded(opened)
-        if left := left_out(opened.folder):
+        if place.is_dir() and (left := left_out(place)):
             click.echo(f"npvlm: {left}", err=True)
-        if opened.adapter and (other := opened.adapter.other_base(model, opened.folder)):
+        if opened.adapter and (other := opened.adapter.other_base(model, place)):
             click.echo(f"npvlm: {other}", err=True)
     return opened
+
+
+def _say_what_is_made(place: Path, precision: str | None) -> None:
+    """Say on stderr what `load` makes of weights that `npvlm convert` could make once for all."""
+    if place.is_file():
+        from npvlm.files.big_vision import convert_command, open_big_vision
+
+        notes = open_big_vision(place).remarks()
+        notes.append(
+            f"weights go into memory at each start; a folder maps them: {convert_command(place)}"
+        )
+    elif precision in PACKED and read_config(place).quantization is None:
+        notes = [
+            f"weights are packed as {precision} in memory; `npvlm convert` does so once for all."
+        ]
+    else:
+        notes = []
+    for note in notes:
+        click.echo(f"npvlm: {note}", err=True)
 
 
 def _say_when_crowded(model: Model) -> None:

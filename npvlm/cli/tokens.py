@@ -30,14 +30,10 @@ def tokens(prompt: str, model: str | None, images: int, as_json: bool, quiet: bo
     npvlm tokens "detect cat ; dog" --model paligemma-3b-mix-224
     """
     from npvlm.answers.lines import json_line
-    from npvlm.config import read_config
     from npvlm.decoding.prompt import layout
-    from npvlm.files.tokenizer import load_tokenizer
-    from npvlm.opening import find_folder
+    from npvlm.opening import find_place, read_settings
 
-    folder = find_folder(named_model(model, quiet))
-    config = read_config(folder)
-    tokenizer = load_tokenizer(folder, config)
+    config, tokenizer, _ = read_settings(find_place(named_model(model, quiet)))
     text, removed = tokenizer.strip_image_marks(prompt)
     if removed and not quiet:
         note = f"npvlm: {removed} <image> removed from the prompt; pictures go first anyway."

@@ -144,6 +144,17 @@ class Turned:
         block = block[start - first * each : stop - first * each]
         return BFloat16(block) if self.bfloat16 else block
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return self.view.nbytes
+
+    def whole(self) -> Array | BFloat16:
+        """Put all rows together, in memory."""
+        block = np.empty(self.shape, self.view.dtype)
+        block.reshape(self.view.shape)[...] = self.view
+        return BFloat16(block) if self.bfloat16 else block
+
 
 @dataclass(frozen=True)
 class BigVision:
@@ -164,6 +175,36 @@ class BigVision:
     dtype: str
     arrays: list[str]
     others: dict[str, int]
+
+    def remarks(self) -> list[str]:
+        """What is left out of the file and what it does not tell, a sentence each."""
+        said = []
+        if self.others:
+            what = listed([f"{name} ({count})" for name, count in self.others.items()], _LISTED)
+            said.append(f"arrays that are no weights of a PaliGemma are left out: {what}.")
+        text = self.config["text_config"]
+        if text["model_type"] == "gemma2":
+            said.append(
+                "an .npz does not tell the soft-caps: those of Google's pretrained models are set; "
+                "a model that was tuned without them needs null in their place in the config.json "
+                "that `npvlm convert` writes."
+            )
+            if not self.known:
+                said.append(
+                    "no published decoder has these sizes: the scale of the scores is taken from "
+                    f"the width of a head (query_pre_attn_scalar {text['query_pre_attn_scalar']})."
+                )
+        return said
+
+    def check(self) -> None:
+        """Read the weights once and hold them against the sums in the file.
+
+        Raises
+        ------
+        NpvlmError
+            Where they are not what was written.
+        """
+        self.npz.check(self.arrays)
 
     def stored(self) -> list[tuple[str, int]]:
         """The type of each array, as safetensors calls it, and its bytes."""
@@ -200,6 +241,11 @@ def find_npz(place: Path) -> Path | None:
     if found:
         refuse_links_out(place)
     return found[0] if found else None
+
+
+def find_tokenizer(file: Path) -> Path | None:
+    """The vocabulary that lies beside a file of big_vision, which holds none."""
+    return next((file.parent / n for n in TOKENIZERS if (file.parent / n).is_file()), None)
 
 
 def convert_command(file: Path) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from npvlm.config import Config
+from npvlm.files.big_vision import Turned
 from npvlm.files.names import expected_shapes
 from npvlm.files.packed import packing, part_tensors, parts_of
 from npvlm.model.weights import Adapted, Array, BFloat16, Packed, Weight
@@ -38,8 +39,8 @@ def weight_bytes(config: Config, precision: str, stored: int = 2) -> int:
     return total
 
 
-def packed_bytes(weights: Mapping[str, Weight], precision: str) -> int:
-    """What `packed.at_precision` makes in memory of weights as published; the rest stays mapped."""
+def made_bytes(weights: Mapping[str, Weight | Turned], precision: str) -> int:
+    """What a precision makes in memory of weights as published; the rest stays mapped."""
     total = 0
     for name, weight in weights.items():
         if precision == "bfloat16" and not isinstance(weight, BFloat16):
@@ -47,6 +48,8 @@ def packed_bytes(weights: Mapping[str, Weight], precision: str) -> int:
         elif kind := packing(name, weight.shape, precision):
             parts = part_tensors(name, weight.shape, kind).values()
             total += sum(_BYTES[dtype] * math.prod(size) for dtype, size in parts)
+        elif isinstance(weight, Turned):
+            total += weight.nbytes
     return total
 
 

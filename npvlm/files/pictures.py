@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError  # noqa: F401 (see _OPENING)
 
-from npvlm.config import Config, Fields, read_json
+from npvlm.config import Config, Fields, Values, read_json
 from npvlm.errors import NpvlmError, UsageError, shortened, why
 
 Picture = str | Path | bytes | BinaryIO | Image.Image | NDArray[np.uint8]
@@ -243,7 +243,15 @@ def read_preprocessor(folder: Path, config: Config) -> Preprocessor:
     if newer.is_file() and not path.exists():
         path, where = newer, f"{newer}: image_processor."
         values = Fields(read_json(newer), f"{newer}: ").part("image_processor", {})
-    fields = Fields(values or read_json(path), where, {"rescale_factor": 1 / 255, "resample": 3})
+    return parse_preprocessor(values or read_json(path), where, config)
+
+
+def parse_preprocessor(values: Values, where: str, config: Config) -> Preprocessor:
+    """Make sense of the contents of preprocessor_config.json.
+
+    where : what messages begin with, "FILE: " or the path of a part in it
+    """
+    fields = Fields(values, where, {"rescale_factor": 1 / 255, "resample": 3})
     for step in ("do_resize", "do_rescale", "do_normalize"):
         fields.one_of(step, (True,), "npvlm resizes, rescales and normalizes every picture")
     for step in ("do_center_crop", "do_pad"):
@@ -253,7 +261,7 @@ def read_preprocessor(folder: Path, config: Config) -> Preprocessor:
     image_size = config.vision_config.image_size
     if (height, width) != (image_size, image_size):
         raise NpvlmError(
-            f"{path}: size is {height} x {width}, expected {image_size} x {image_size}, "
+            f"{where}size is {height} x {width}, expected {image_size} x {image_size}, "
             "the image_size of config.json; are the files of two models mixed?"
         )
     resample = fields.get("resample")

@@ -156,8 +156,33 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
     NpvlmError
         No vocabulary, none of SentencePiece, or one that does not belong to the model.
     """
-    path = folder / "tokenizer.model"
     pieces = _read_pieces(folder)
+    added = _read_added(folder, pieces)
+    return _fitted(folder / "tokenizer.model", pieces, added, config, folder)
+
+
+def complete_tokenizer(path: Path, config: Config) -> Tokenizer:
+    """Read a vocabulary that lies alone, with what `tokens_to_add` says that it lacks.
+
+    Raises
+    ------
+    NpvlmError
+        As `load_tokenizer` does.
+    """
+    pieces, added = _parse(path), dict[str, int]()
+    for piece, token_id in tokens_to_add(path, config).items():
+        _add(added, pieces, piece, token_id, path)
+    return _fitted(path, pieces, added, config, path)
+
+
+def _fitted(
+    path: Path,
+    pieces: SentencePieceProcessor,
+    added: dict[str, int],
+    config: Config,
+    place: Path,
+) -> Tokenizer:
+    """A tokenizer whose ids are those of the model; `place` is where all its files are."""
     rows = config.text_config.vocab_size
     if len(pieces) > rows:
         raise NpvlmError(
@@ -169,7 +194,6 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
         named = ", ".join("a newline" if piece == "\n" else piece for piece in missing)
         raise NpvlmError(f"{path} has no piece for {named}; is it the tokenizer of another model?")
 
-    added = _read_added(folder, pieces)
     image_id = config.image_token_index
     known = set(added.values())
     unknown = next((i for i in range(len(pieces), image_id) if i not in known), None)
@@ -179,7 +203,7 @@ def load_tokenizer(folder: Path, config: Config) -> Tokenizer:
             f"each below {image_id}, the image_token_index of config.json; take the "
             "tokenizer.model that was published with this PaliGemma (Gemma's own has fewer)"
         )
-    return Tokenizer(pieces, _with_own(added, pieces, config, folder), config)
+    return Tokenizer(pieces, _with_own(added, pieces, config, place), config)
 
 
 def piece_ids(
@@ -281,26 +305,26 @@ def _add(
 
 
 def _with_own(
-    added: dict[str, int], pieces: SentencePieceProcessor, config: Config, folder: Path
+    added: dict[str, int], pieces: SentencePieceProcessor, config: Config, place: Path
 ) -> dict[str, int]:
     """Check the added tokens against the model, and add those that go by rule."""
     image_id, rows = config.image_token_index, config.text_config.vocab_size
     known = added.get(IMAGE, _piece_id(pieces, IMAGE))
     if known is not None and known != image_id:
         raise NpvlmError(
-            f"{folder}: {IMAGE} has the id {known} in the tokenizer's files and {image_id} as "
+            f"{place}: {IMAGE} has the id {known} in the tokenizer's files and {image_id} as "
             "image_token_index of config.json, expected the same; which model is each from?"
         )
     if known is None and image_id < len(pieces):
         raise NpvlmError(
-            f"{folder}: image_token_index of config.json is {image_id}, expected the id of "
+            f"{place}: image_token_index of config.json is {image_id}, expected the id of "
             f"{IMAGE}, but tokenizer.model has {_piece(pieces, image_id)!r} there; "
             "is it the tokenizer of another model?"
         )
     beyond = sorted(piece for piece, i in added.items() if i >= rows and piece != IMAGE)
     if beyond:
         raise NpvlmError(
-            f"{folder}: the id of the added token {beyond[0]!r} is {added[beyond[0]]}, expected "
+            f"{place}: the id of the added token {beyond[0]!r} is {added[beyond[0]]}, expected "
             f"less than {rows}, the vocab_size of config.json"
         )
     own = {IMAGE: image_id}

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from npvlm.api import Model, load
-from npvlm.config import Config, parse_config, read_json
+from npvlm.config import Config, parse_config
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.model.weights import Array
-from npvlm.opening import find_folder
+from npvlm.opening import find_place, read_values
 from npvlm.porting.dumps import Dump, open_dump
 from npvlm.porting.floors import LEAST
 from npvlm.porting.kinds import Kind, best_scale, kind_of, plain
@@ -266,7 +266,7 @@ def _called(notes: Mapping[str, Any]) -> str:
 
 def _is_of(notes: Mapping[str, Any], model: Model) -> bool:
     """Whether a trace is of a model, as far as its config tells, and with an adapter as it is."""
-    same: bool = read_json(find_folder(model.name) / "config.json") == notes["config"]
+    same: bool = read_values(find_place(model.name)) == notes["config"]
     return same and (notes.get("adapter") is None) == (model.adapter is None)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import npvlm
 from npvlm.api import Model
-from npvlm.config import Config, read_json
+from npvlm.config import Config
 from npvlm.decoding.generate import generate
 from npvlm.decoding.prompt import layout
 from npvlm.errors import UsageError
@@ -28,7 +28,7 @@ from npvlm.model.cache import Rows, new_cache
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap, within
 from npvlm.model.weights import Array, Weights
-from npvlm.opening import find_folder
+from npvlm.opening import find_place, read_values
 from npvlm.porting.stages import SCHEMA, chosen
 
 PACKAGE = Path(npvlm.__file__).parent
@@ -215,7 +215,7 @@ def _facts(
         "made_by": f"npvlm {npvlm.__version__}",
         "model": model.name,
         "adapter": str(model.adapter.folder) if model.adapter else None,
-        "config": read_json(find_folder(model.name) / "config.json"),
+        "config": read_values(find_place(model.name)),
         "prompt": prompt,
         "ids": inputs.ids.tolist(),
         "step": len(inputs.answer),

@@ -22,7 +22,8 @@ from npvlm.files.packed import Rows, blocks_of, packing, part_tensors, parts_of
 from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
 from npvlm.kernels.packing import PACKERS
 from npvlm.model.weights import Adapted, Array, BFloat16, Weight, round_to_bfloat16, unpack
-from npvlm.work.sources import Say, content_of, locate, open_source, size_of
+from npvlm.opening import find_place
+from npvlm.work.sources import Say, content_of, open_source, size_of
 
 SHARD_BYTES = 5_000_000_000
 
@@ -63,7 +64,7 @@ def convert(
         Where the source or the adapter is damaged, the two do not fit, or the disk is too small or
         not to be written.
     """
-    place, destination = locate(model), place_of(destination)
+    place, destination = find_place(model), place_of(destination)
     if destination.is_relative_to(place.resolve()) and destination != place.resolve():
         raise UsageError(f"{destination} lies inside {place}, expected a place beside it.")
     check_new(destination)

@@ -15,7 +15,7 @@ from typing import Any
 from npvlm.api import open_model
 from npvlm.config import PRECISIONS, Config, parse_config, read_config
 from npvlm.errors import NpvlmError
-from npvlm.files.big_vision import TOKENIZERS, BigVision, find_npz, open_big_vision
+from npvlm.files.big_vision import TOKENIZERS, BigVision, convert_command, open_big_vision
 from npvlm.files.checkpoint import (
     Differences,
     Stored,
@@ -32,7 +32,7 @@ from npvlm.files.names import EMBED_TOKENS, LM_HEAD, expected_shapes, spelling
 from npvlm.files.needs import weight_bytes, working_bytes
 from npvlm.files.pictures import read_preprocessor
 from npvlm.files.tokenizer import IMAGE, load_tokenizer, piece_ids
-from npvlm.opening import find_folder
+from npvlm.opening import check_fits, find_place, read_settings
 from npvlm.work.kinds import Kind, likely_kind, raw_values
 
 # Text type, width, layers, inner width, query heads, key/value heads, width of a head.
@@ -192,9 +192,9 @@ def inspect(model: str) -> Inspection:
     NpvlmError
         Where there is no such folder; nothing else is refused.
     """
-    if file := find_npz(Path(model).expanduser()):
-        return _inspect_npz(model, file)
-    folder, problems = find_folder(model), _Problems()
+    folder, problems = find_place(model), _Problems()
+    if folder.is_file():
+        return _inspect_npz(model, folder)
     config: Config | None = problems.of("config", read_config, folder)
     files, tensors = _read_files(folder, problems)
     stored: dict[str, Stored] | None = problems.of("tensors", by_name, tensors)
@@ -241,17 +241,18 @@ def _inspect_npz(model: str, file: Path) -> Inspection:
     beside = [name for name in TOKENIZERS if (file.parent / name).is_file()]
     if not beside:
         problems["tokenizer"] = (
-            f"no {' or '.join(TOKENIZERS)} beside it; convert takes one as --tokenizer"
+            f"no {' or '.join(TOKENIZERS)} beside it; copy one there, or name it to convert"
         )
     name = beside[0] if beside else TOKENIZERS[0]
     layout = None
     if found is not None:
         others = [f"{what} ({count})" for what, count in found.others.items()]
         layout = "; ".join(["those of big_vision", *(f"beside them {o}" for o in others)])
+        layout += f"; put in order at each start, or once for all: {convert_command(file)}"
     return Inspection(
         model=model,
         folder=str(file.parent),
-        refusal=_refusal(model),
+        refusal=_refusal_of_npz(file),
         problems=problems,
         sizes=_sizes(config) if config else None,
         parameters=_parameters(config, {}) if config else None,
@@ -274,6 +275,16 @@ def _refusal(model: str) -> str | None:
     """What `load` says, word for word; with the definitions, which need no compiled kernel."""
     try:
         open_model(model, None, "numpy")
+    except NpvlmError as error:
+        return str(error)
+    return None
+
+
+def _refusal_of_npz(file: Path) -> str | None:
+    """The same, without the weights: those of an .npz are read when it is loaded."""
+    try:
+        config, _, _ = read_settings(file)
+        check_fits(file, config, open_big_vision(file).weights, "float32")
     except NpvlmError as error:
         return str(error)
     return None

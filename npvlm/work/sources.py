@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import numpy as np
 
 from npvlm.config import Config, Values, parse_config, read_config, read_json, read_small
 from npvlm.errors import NpvlmError, UsageError
-from npvlm.files.big_vision import TOKENIZERS, find_npz, open_big_vision
+from npvlm.files.big_vision import TOKENIZERS, find_tokenizer, open_big_vision
 from npvlm.files.checkpoint import (
     OTHER_FORMATS,
     Stored,
@@ -23,7 +22,6 @@ from npvlm.files.checkpoint import (
     checkpoint_files,
     fit_rows,
     left_out,
-    listed,
     open_checkpoint,
     read_header,
 )
@@ -33,9 +31,8 @@ from npvlm.files.names import POSITIONS
 from npvlm.files.packed import Rows
 from npvlm.files.published import preprocessor_values
 from npvlm.files.resample import resample_positions
-from npvlm.files.tokenizer import load_tokenizer, tokens_to_add
+from npvlm.files.tokenizer import complete_tokenizer, tokens_to_add
 from npvlm.model.weights import unpack
-from npvlm.opening import find_folder
 
 LARGEST_COPIED = 2**25  # vocabularies and settings are smaller, weights in other formats larger
 TOKENIZER = TOKENIZERS[0]
@@ -69,17 +66,6 @@ class Source:
     files: dict[str, Small]
 
 
-def locate(model: str | Path) -> Path:
-    """Find what is to be converted: a folder, or the .npz file of big_vision that it is or holds.
-
-    Raises
-    ------
-    NpvlmError
-        Where there is neither.
-    """
-    return find_npz(Path(model).expanduser()) or find_folder(model)
-
-
 def open_source(place: Path, tokenizer: Path | None, image_size: int | None, say: Say) -> Source:
     """Open what is to be converted. No weight is kept; those of an .npz are checked first.
 
@@ -106,7 +92,9 @@ def open_source(place: Path, tokenizer: Path | None, image_size: int | None, say
             say(_to_be_brought(f"no {TOKENIZER} in {place}"))
     else:
         source = _npz(place, say)
-        tokenizer = tokenizer or _tokenizer_beside(place, say)
+        tokenizer = tokenizer or find_tokenizer(place)
+        if tokenizer is None:
+            say(_to_be_brought(f"no {' or '.join(TOKENIZERS)} beside {place.name}"))
     _say_rows(source.config, say)
     if tokenizer is not None:
         source = replace(source, files=_with_tokenizer(source, tokenizer))
@@ -116,34 +104,13 @@ def open_source(place: Path, tokenizer: Path | None, image_size: int | None, say
 def _npz(file: Path, say: Say) -> Source:
     """A file of big_vision."""
     found = open_big_vision(file)
-    if found.others:
-        what = listed([f"{name} ({count})" for name, count in found.others.items()], _LISTED)
-        say(f"arrays that are no weights of a PaliGemma are left out: {what}.")
-    text = found.config["text_config"]
-    if text["model_type"] == "gemma2":
-        say(
-            "an .npz does not tell the soft-caps: those of Google's pretrained models are set; a "
-            "model that was tuned without them needs null in their place in config.json."
-        )
-        if not found.known:
-            say(
-                "no published decoder has these sizes: the scale of the scores is taken from the "
-                f"width of a head (query_pre_attn_scalar {text['query_pre_attn_scalar']})."
-            )
+    for remark in found.remarks():
+        say(remark)
     say(f"{file.name} is read once to see that it is whole.")
-    found.npz.check(found.arrays)
+    found.check()
     config = parse_config(found.config, None, f"{file}: ")
     files = _made_files(config) | _mask_decoder(file.parent)
     return Source(found.config, config, found.weights, files)
-
-
-def _tokenizer_beside(file: Path, say: Say) -> Path | None:
-    """The vocabulary that lies beside a file of big_vision."""
-    for name in TOKENIZERS:
-        if (file.parent / name).is_file():
-            return file.parent / name
-    say(_to_be_brought(f"no {' or '.join(TOKENIZERS)} beside {file.name}"))
-    return None
 
 
 def _to_be_brought(missing: str) -> str:
@@ -317,16 +284,9 @@ def _with_tokenizer(source: Source, tokenizer: Path) -> dict[str, Small]:
     """
     if tokenizer.is_file() and tokenizer.stat().st_size > LARGEST_COPIED:
         raise NpvlmError(f"{tokenizer} is too large for a SentencePiece model.")
+    complete_tokenizer(tokenizer, source.config)
     added = tokens_to_add(tokenizer, source.config)
     files = {TOKENIZER: content_of(tokenizer), "added_tokens.json": _json(added)}
-    with tempfile.TemporaryDirectory() as place:
-        for name, content in files.items():
-            (Path(place) / name).write_bytes(content)
-        try:
-            load_tokenizer(Path(place), source.config)
-        except NpvlmError as error:
-            said = str(error).replace(f"{place}/{TOKENIZER}", str(tokenizer))
-            raise NpvlmError(said.replace(place, str(tokenizer))) from None
     others = {n: content for n, content in source.files.items() if n not in _WITH_A_TOKENIZER}
     return others | files
 
