@@ -1,4 +1,4 @@
-"""Results as lines of JSON."""
+"""Results as lines of JSON, and text that cannot drive a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from npvlm.answers.lines import json_line
+from npvlm.answers.lines import harmless, json_line
 
 
 @pytest.mark.parametrize("text", ["é ü 赤", "a\nb", "\u2028", "cat\udcff.png", '"\\'])
@@ -24,3 +24,7 @@ def test_letters_stay_letters() -> None:
 def test_what_is_no_number_is_no_json(number: float) -> None:
     with pytest.raises(ValueError, match="JSON"):
         json_line({"share": number})
+
+
+def test_what_steers_a_terminal_is_spelled_out_and_the_rest_stays() -> None:
+    assert harmless("a\x1b[31m\tb\n\u202e赤\x7f") == "a\\x1b[31m\tb\n\\u202e赤\\x7f"

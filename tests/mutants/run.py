@@ -11,7 +11,7 @@ forced. It is not mutmut that runs them: `mutmut run` collects the tests again f
 takes ten times as long as the tests do. Here one process collects and runs the tests once, notes
 which touch which function, and forks for each mutant; the child puts the mutant's code into the
 function and runs the tests that touch it, the quickest first and for a second
-(four with --again), until one fails.
+(twelve with --again), until one fails.
 
 A process that a test starts meets the mutant as soon as it imports the module.
 
@@ -71,7 +71,7 @@ GROUPS = {
         (
             "checkpoint tokenizer pictures names output masks hub convert writer listing published"
             " weights adapters adapter_commands big_vision derivatives npz resample index embed"
-            " links needs memory models features"
+            " links needs memory models features contact_sheet"
         ),
         "",
     ),
@@ -115,7 +115,7 @@ def try_group(group: str, again: bool, sample: int | None) -> None:
     tests = [ROOT / "tests" / f"test_{name}.py" for name in names.split()]
     options = ["-s", "-p", "no:cacheprovider", "--hypothesis-seed=0", "-k", only or "test"]
     runner = Runner(
-        mutants, KEPT / f"slow-{group}.json", partial(keep, group), 4.0 if again else 1.0
+        mutants, KEPT / f"slow-{group}.json", partial(keep, group), 12.0 if again else 1.0
     )
     with tempfile.TemporaryDirectory() as place:
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = place
