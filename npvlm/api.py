@@ -68,7 +68,7 @@ from npvlm.model import paligemma, vqvae
 from npvlm.model.ops import Index
 from npvlm.model.tap import Tap, closed
 from npvlm.model.weights import Array, Weights
-from npvlm.opening import find_place, open_weights, read_settings
+from npvlm.opening import find_place, open_weights, read_picture_settings, read_vocabulary
 from npvlm.packs import PACKED_TOKENS, Prepared, Started, UntilError, packs_of, read_ahead
 
 MOST_BEAMS = 100  # each has keys and values of its own, and a row of scores
@@ -136,9 +136,10 @@ def open_model(
     Parameters and errors are those of `load`.
     """
     place = find_place(model)
-    config, tokenizer, preprocessor = read_settings(place)
+    config, tokenizer = read_vocabulary(place)
     if not config.eos_token_ids:
         config = replace(config, eos_token_ids=(tokenizer.eos_id,))
+    preprocessor = read_picture_settings(place, config)
     opened = open_adapter(Path(adapter).expanduser()) if adapter is not None else None
     weights, precision, namespace = open_weights(place, config, precision, ops, opened)
     fitted = fit_rows(config, weights)

@@ -94,8 +94,8 @@ def read_values(place: Path) -> dict[str, Any]:
     return open_big_vision(place).config if place.is_file() else read_json(place / "config.json")
 
 
-def read_settings(place: Path) -> tuple[Config, Tokenizer, Preprocessor]:
-    """Read what a folder's small files say, or what an .npz and the vocabulary beside it tell.
+def read_vocabulary(place: Path) -> tuple[Config, Tokenizer]:
+    """Read what a model is and how it spells: from its folder, or an .npz and what lies beside.
 
     Raises
     ------
@@ -104,17 +104,29 @@ def read_settings(place: Path) -> tuple[Config, Tokenizer, Preprocessor]:
     """
     if place.is_dir():
         config = read_config(place)
-        return config, load_tokenizer(place, config), read_preprocessor(place, config)
-    config = parse_config(read_values(place), None, f"{place}: ")
-    vision, vocabulary = config.vision_config, find_tokenizer(place)
+        return config, load_tokenizer(place, config)
+    config, vocabulary = parse_config(read_values(place), None, f"{place}: "), find_tokenizer(place)
     if vocabulary is None:
         raise NpvlmError(
             f"{place.parent} has no {' or '.join(TOKENIZERS)}, expected one beside {place.name}: "
             "that of any published PaliGemma."
         )
-    pictures = preprocessor_values(vision.image_size, vision.patch_size)
-    tokenizer = complete_tokenizer(vocabulary, config)
-    return config, tokenizer, parse_preprocessor(pictures, f"{place}: ", config)
+    return config, complete_tokenizer(vocabulary, config)
+
+
+def read_picture_settings(place: Path, config: Config) -> Preprocessor:
+    """Read how a model wants its pictures; one in an .npz, as all published ones do.
+
+    Raises
+    ------
+    NpvlmError
+        In one sentence: what is missing or wrong.
+    """
+    if place.is_dir():
+        return read_preprocessor(place, config)
+    vision = config.vision_config
+    values = preprocessor_values(vision.image_size, vision.patch_size)
+    return parse_preprocessor(values, f"{place}: ", config)
 
 
 def open_weights(

@@ -31,9 +31,9 @@ def tokens(prompt: str, model: str | None, images: int, as_json: bool, quiet: bo
     """
     from npvlm.answers.lines import json_line
     from npvlm.decoding.prompt import layout
-    from npvlm.opening import find_place, read_settings
+    from npvlm.opening import find_place, read_vocabulary
 
-    config, tokenizer, _ = read_settings(find_place(named_model(model, quiet)))
+    config, tokenizer = read_vocabulary(find_place(named_model(model, quiet)))
     text, removed = tokenizer.strip_image_marks(prompt)
     if removed and not quiet:
         note = f"npvlm: {removed} <image> removed from the prompt; pictures go first anyway."

@@ -32,7 +32,7 @@ from npvlm.files.names import EMBED_TOKENS, LM_HEAD, expected_shapes, spelling
 from npvlm.files.needs import weight_bytes, working_bytes
 from npvlm.files.pictures import read_preprocessor
 from npvlm.files.tokenizer import IMAGE, load_tokenizer, piece_ids
-from npvlm.opening import check_fits, find_place, read_settings
+from npvlm.opening import check_fits, find_place, read_vocabulary
 from npvlm.work.kinds import Kind, likely_kind, raw_values
 
 # Text type, width, layers, inner width, query heads, key/value heads, width of a head.
@@ -283,7 +283,7 @@ def _refusal(model: str) -> str | None:
 def _refusal_of_npz(file: Path) -> str | None:
     """The same, without the weights: those of an .npz are read when it is loaded."""
     try:
-        config, _, _ = read_settings(file)
+        config, _ = read_vocabulary(file)
         check_fits(file, config, open_big_vision(file).weights, "float32")
     except NpvlmError as error:
         return str(error)
