@@ -43,7 +43,8 @@ def test_readable_pictures_have_a_row_each_and_the_others_are_said(
     folder: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "x.safetensors"
-    options = ["--hidden", "2", "--hidden", "-1", "--prompt", "caption en", "--model", "shapes"]
+    options = ["--hidden", "2", "--hidden", "-1", "--attention", "-1", "--attention", "0"]
+    options += ["--prompt", "caption en", "--model", "shapes"]
     result = run("features", folder, "-o", output, *options, "-q")
     assert result.returncode == 3 and result.stdout == ""
     said = result.stderr.splitlines()
@@ -62,12 +63,15 @@ def test_readable_pictures_have_a_row_each_and_the_others_are_said(
     }
     model = npvlm.load("shapes")
     last = model.config.text_config.num_hidden_layers
-    assert tensors.keys() == {"features", "hidden.2", f"hidden.{last}"}
+    looks = ["attention.0", f"attention.{last - 1}"]
+    assert tensors.keys() == {"features", "hidden.2", f"hidden.{last}", *looks}
     for row, name in enumerate(names):
         np.testing.assert_array_equal(tensors["features"][row], model.features(name))
         states = model.hidden_states(name, "caption en", [2, last])
         np.testing.assert_array_equal(tensors["hidden.2"][row], states[0])
         np.testing.assert_array_equal(tensors[f"hidden.{last}"][row], states[1])
+        for look, expected in zip(looks, model.attention(name, "caption en", [0, -1]), strict=True):
+            np.testing.assert_array_equal(tensors[look][row], expected)
 
 
 def test_what_is_left_of_the_room_is_closed_up(folder: Path, tmp_path: Path) -> None:
@@ -76,7 +80,7 @@ def test_what_is_left_of_the_room_is_closed_up(folder: Path, tmp_path: Path) -> 
     readable = [path for path in sorted(folder.iterdir()) if path.stem not in ("00", "04", "10")]
     for number, pictures in enumerate((sorted(folder.iterdir()), readable)):
         output = tmp_path / f"{number}.safetensors"
-        save_features(model, pictures, output, [1], "", lambda _: None, lambda _: None)
+        save_features(model, pictures, output, [1], [0], "", lambda _: None, lambda _: None)
         kept.append(read(output))
     (some, about), (alone, expected) = kept
     assert about == expected
@@ -117,12 +121,18 @@ def test_an_adapter_is_named_in_the_file(folder: Path, tmp_path: Path) -> None:
         (["01.png"], 2, "Missing option '-o'"),
         (["-o", "x.safetensors"], 2, "Missing IMAGE"),
         (["01.png", "-o", "no/x.safetensors"], 2, "is no folder"),
-        (["01.png", "-o", "x.safetensors", "--prompt", "hi"], 2, "--hidden and --prompt go toget"),
-        (["01.png", "-o", "x.safetensors", "--hidden", "1"], 2, "--hidden and --prompt go toget"),
+        (["01.png", "-o", "x.safetensors", "--prompt", "hi"], 2, "--prompt goes with --hidden or"),
+        (["01.png", "-o", "x.safetensors", "--hidden", "1"], 2, "--prompt goes with --hidden or"),
         (
             ["01.png", "-o", "x.safetensors", "--hidden", "9", "--prompt", ""],
             2,
             "layer 9 is asked for, expected numbers from",
+        ),
+        (["01.png", "-o", "x.safetensors", "--attention", "1"], 2, "--prompt goes with"),
+        (
+            ["01.png", "-o", "x.safetensors", "--attention", "4", "--prompt", ""],
+            2,
+            "layer 4 is asked for, expected numbers from -4 to 3",
         ),
         (["01.png", "-o", "x.safetensors", "--hidden", "a", "--prompt", ""], 2, "valid integer"),
         (["00.png", "04.png", "-o", "x.safetensors"], 3, "no picture could be read"),
@@ -159,7 +169,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(NpvlmError, match="name fewer pictures or layers"):
         save_features(
-            npvlm.load("shapes"), [folder / "01.png"], tmp_path / "x.safetensors", [], None,
+            npvlm.load("shapes"), [folder / "01.png"], tmp_path / "x.safetensors", [], [], None,
             lambda _: None, lambda _: None,
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []

@@ -35,14 +35,21 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--hidden",
-    "layers",
     type=int,
     multiple=True,
     metavar="LAYER",
     help="Also what the decoder carries after this layer of all tokens of --prompt; 0 is what "
     "enters the first, -1 what leaves the last norm. May be given several times.",
 )
-@click.option("--prompt", help="What the decoder reads behind each picture, for --hidden.")
+@click.option(
+    "--attention",
+    type=int,
+    multiple=True,
+    metavar="LAYER",
+    help="Also how much each token of pictures and --prompt looks at each other one in this layer; "
+    "0 is the first, -1 the last. May be given several times.",
+)
+@click.option("--prompt", help="What the decoder reads behind each picture, for these two.")
 @model_option
 @adapter_option
 @precision_option
@@ -51,7 +58,8 @@ if TYPE_CHECKING:
 def features(
     images: tuple[str, ...],
     output: Path,
-    layers: tuple[int, ...],
+    hidden: tuple[int, ...],
+    attention: tuple[int, ...],
     prompt: str | None,
     model: str | None,
     adapter: Path | None,
@@ -61,9 +69,10 @@ def features(
     """Write what the model sees on each IMAGE as numbers, for programs that go on from there.
 
     An IMAGE is a file, a folder, a pattern, or - for stdin. FILE has the tensor `features`, float32
-    [pictures, patches, width], as the decoder reads them; and `hidden.LAYER` [pictures, tokens,
-    width] for each --hidden. Its metadata list the pictures (`images`, JSON), in the order of the
-    rows. A picture that cannot be read has no row, and is said.
+    [pictures, patches, width], as the decoder reads them; `hidden.LAYER` [pictures, tokens, width]
+    for each --hidden, and `attention.LAYER` [pictures, heads, tokens, tokens] for each --attention.
+    Its metadata list the pictures (`images`, JSON), in the order of the rows. A picture that cannot
+    be read has no row, and is said.
 
     \b
     npvlm features photos/ -o features.safetensors --model paligemma-3b-pt-224
@@ -72,8 +81,8 @@ def features(
     Exit codes: 0 all are in the file, 3 some could not be read, or a problem that ended it; 2, 130,
     143 as everywhere.
     """
-    if bool(layers) != (prompt is not None):
-        raise click.UsageError("--hidden and --prompt go together: give both, or none.")
+    if bool(hidden or attention) != (prompt is not None):
+        raise click.UsageError("--prompt goes with --hidden or --attention: give both, or none.")
     from npvlm.work.features import save_features
     from npvlm.work.gallery import check_output
 
@@ -92,7 +101,7 @@ def features(
         line.show(done, len(pictures), errors=failed)
 
     try:
-        kept = save_features(opened, pictures, output, layers, prompt, tell_failed, tell)
+        kept = save_features(opened, pictures, output, hidden, attention, prompt, tell_failed, tell)
     finally:
         line.clear()
     if failed:

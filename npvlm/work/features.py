@@ -1,6 +1,7 @@
-"""Features and hidden states of many pictures in one safetensors file.
+"""Features, hidden states and attention of many pictures in one safetensors file.
 
-Axis letters: N pictures that could be read · P patches · D width of the decoder · T tokens.
+Axis letters: N pictures that could be read · P patches · D width of the decoder · T tokens ·
+H heads.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ def save_features(
     model: Model,
     pictures: Sequence[Path | BinaryIO],
     output: Path,
-    layers: Sequence[int],
+    hidden: Sequence[int],
+    attention: Sequence[int],
     prompt: str | None,
     tell_failed: Callable[[Failed], None],
     tell: Callable[[int], None],
 ) -> int:
     """Write what a model sees on pictures, a row for each that can be read; how many there are.
 
-    The file has `features` [N, P, D], and `hidden.LAYER` [N, T, D] of each of the layers, in
-    float32. Its metadata name the pictures (`images`, a JSON list in the order of the rows), the
-    model, the precision, and the prompt where hidden states follow one. It appears whole or not at
-    all, and no more than a few pictures are in memory.
+    The file has `features` [N, P, D], and of each of the layers `hidden.LAYER` [N, T, D] and
+    `attention.LAYER` [N, H, T, T], in float32. Its metadata name the pictures (`images`, a JSON
+    list in the order of the rows), the model, the precision, and the prompt where there is one. It
+    appears whole or not at all, and no more than a few pictures are in memory.
 
     Parameters
     ----------
-    layers : of `Model.hidden_states`, with a prompt
+    hidden, attention : layers of `Model.hidden_states` and of `Model.attention`, with a prompt
     tell_failed : told of each picture that cannot be read
     tell : told how many pictures are done
 
@@ -63,7 +65,7 @@ def save_features(
             if isinstance(found, Failed):
                 tell_failed(found)
                 continue
-            arrays = _arrays(model, found, layers, prompt)
+            arrays = _arrays(model, found, hidden, attention, prompt)
             if stack is None:
                 needed = len(pictures) * sum(array.nbytes for array in arrays.values())
                 check_room(place_of(output).parent, needed, _OTHERWISE)
@@ -80,14 +82,17 @@ def save_features(
 
 
 def _arrays(
-    model: Model, seen: Seen, layers: Sequence[int], prompt: str | None
+    model: Model, seen: Seen, hidden: Sequence[int], attention: Sequence[int], prompt: str | None
 ) -> dict[str, NDArray[np.float32]]:
     """What is kept of a picture, by the names of the tensors."""
     arrays = {"features": model.features(seen)}
-    if prompt is not None:
-        states = model.hidden_states(seen, prompt, layers)
-        count = model.config.text_config.num_hidden_layers + 1
-        arrays |= {f"hidden.{n % count}": x for n, x in zip(layers, states, strict=True)}
+    count = model.config.text_config.num_hidden_layers
+    if prompt is not None and hidden:
+        states = model.hidden_states(seen, prompt, hidden)
+        arrays |= {f"hidden.{n % (count + 1)}": x for n, x in zip(hidden, states, strict=True)}
+    if prompt is not None and attention:
+        looks = model.attention(seen, prompt, attention)
+        arrays |= {f"attention.{n % count}": x for n, x in zip(attention, looks, strict=True)}
     return arrays
 
 
