@@ -54,7 +54,7 @@ JOBS = {
     "convert": "convert shapes out/small --precision int8",
     "int8": "caption pictures --precision int8",
     "merge": "convert tiny out/merged --adapter adapter",
-    "features": "features pictures --hidden 2 --prompt caption\\ en -o out/f.safetensors",
+    "features": "features pictures --hidden 2 --attention 0 --prompt x -o out/f.safetensors",
     "embed": "embed pictures -o out/index.safetensors --model retriever",
     "search": "search index.safetensors red\\ circle --heat out/heat --model retriever",
     "compare": "compare dump.safetensors dump.safetensors",
