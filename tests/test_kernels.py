@@ -11,6 +11,7 @@ import pytest
 
 from npvlm import kernels
 from npvlm.kernels import attention, inputs, products
+from npvlm.kernels.matrices import has_matrices, takes
 from npvlm.kernels.tiles import TALL
 from npvlm.model import ops as definitions
 from npvlm.model.tap import closed
@@ -119,6 +120,56 @@ def test_linear_is_nearer_to_the_truth_than_its_definition(rng, kind) -> None:
     truth = inputs.astype(np.float64) @ unpack(w, np.float64).T
     ours = np.mean((kernels.linear(x, w) - truth) ** 2)
     assert ours <= np.mean((definitions.linear(x, w) - truth) ** 2)
+
+
+with_unit = pytest.mark.skipif(not has_matrices(), reason="this CPU has no matrix unit")
+# Rows of a tile, of two, of many and of a part; inputs that end inside a step, and after a chunk.
+SQUARES = [(16, 16, 64), (17, 48, 100), (32, 64, 2048), (47, 80, 4304), (201, 208, 1152)]
+
+
+@with_unit
+@pytest.mark.parametrize("gate", [False, True], ids=["linear", "gated"])
+@pytest.mark.parametrize("size", SQUARES, ids=str)
+def test_whole_numbers_have_the_same_bits_in_the_matrix_unit_and_out_of_it(
+    rng, monkeypatch, size, gate: bool
+) -> None:
+    rows, outputs, inputs = size
+    x, w, other = (
+        numbers(rng, rows, inputs),
+        *(pack_int8(numbers(rng, outputs, inputs)) for _ in range(2)),
+    )
+    assert takes(w, rows)
+
+    def product() -> np.ndarray:
+        return kernels.gated(x, w, other, tap=closed) if gate else kernels.linear(x, w)
+
+    inside = product()
+    monkeypatch.setattr(products, "takes", lambda *_: False)
+    np.testing.assert_array_equal(product(), inside)
+
+
+@with_unit
+@pytest.mark.parametrize("size", SQUARES, ids=str)
+def test_bfloat16_in_the_matrix_unit_are_summed_alike_for_any_rows(rng, size) -> None:
+    _, outputs, inputs = size
+    x = numbers(rng, 201, inputs)
+    w = stored(numbers(rng, outputs, inputs), "bfloat16 products")
+    assert takes(w, 1)
+    together = kernels.linear(x, w)
+    for rows in (1, 2, 15, 16, 17, 31, 33, 48, 192):
+        np.testing.assert_array_equal(kernels.linear(x[:rows], w), together[:rows])
+        np.testing.assert_array_equal(kernels.linear(x[-rows:], w), together[-rows:])
+    wide = unpack(round_to_bfloat16(x), np.float64)
+    truth = wide @ unpack(w, np.float64).T
+    error = np.sqrt(np.mean((together - truth) ** 2) / np.mean(truth**2))
+    assert error < 5 * 2.0**-24 * max(1, np.log2(inputs / 64))
+
+
+def test_the_matrix_unit_is_left_alone_where_it_does_not_fit(rng) -> None:
+    assert not takes(stored(numbers(rng, 70, 128), "bfloat16 products"), 32)
+    assert not takes(pack_int8(numbers(rng, 64, 128)), 15)
+    for kind in ("float32", "bfloat16", "int4"):
+        assert not takes(stored(numbers(rng, 64, 128), kind), 32)
 
 
 @pytest.mark.parametrize("kind", KINDS)

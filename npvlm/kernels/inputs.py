@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from npvlm.kernels.compiling import compiled, parallel
 from npvlm.kernels.functions import from_bits
+from npvlm.kernels.matrices import SIDE, cross_words
 from npvlm.kernels.tiles import (
     BFLOAT16,
     BYTE_PRODUCTS,
@@ -41,7 +42,8 @@ NOTHING = np.empty(0, np.float32)
 class Inputs(NamedTuple):
     """Rows packed for `add_tile`: tiles of `height` rows, the last filled up with zeros.
 
-    panels [tiles, steps, height, elements of a step], flat
+    panels [tiles, steps, height, elements of a step], flat; with the words of a step turned where
+        the matrix unit takes them, in tiles of 16 rows
     chunk: steps that are summed before the sum is added to the others
     scales [T]: of rows rounded to 8 bits; empty otherwise
     offsets [T]: 128 times the sum of a row, if the products of Int8 have that too much; else empty
@@ -62,15 +64,18 @@ def tile_height(rows: int) -> int:
     return 1 if share == 1 else MIDDLE if share <= MIDDLE else TALL
 
 
-def pack(x: Array, w: Bare) -> Inputs:
-    """Prepare rows x [T, I] for products with weights like w: rounded as w asks, and in tiles."""
+def pack(x: Array, w: Bare, squares: bool = False) -> Inputs:
+    """Prepare rows x [T, I] for products with weights like w: rounded as w asks, and in tiles.
+
+    squares : for the matrix unit, which has to take w (`matrices.takes`)
+    """
     x = np.ascontiguousarray(x)
     T, I = x.shape
-    height = tile_height(T)
+    height = SIDE if squares else tile_height(T)
     tiles = -(-T // height)
     kind: Any
     if isinstance(w, Int8 | Int4):
-        shifted = isinstance(w, Int8) and BYTE_PRODUCTS
+        shifted = isinstance(w, Int8) and BYTE_PRODUCTS and not squares
         if isinstance(w, Int4):
             inputs, elements, kind = 8 * LANES, INT4_BYTES, np.int8
         elif BYTE_PRODUCTS:
@@ -168,6 +173,8 @@ def _pack_bfloat16_tile(x, tile, height, steps, panels):
                 for j in range(counted, width if t < T else 0):
                     part[j] = x[t, at + j]
                 narrow_pairs(pointer(part, 0), to)
+    if height == SIDE:
+        cross_words(panel)
 
 
 @compiled
@@ -232,6 +239,8 @@ def _pack_integers_tile(x, tile, height, block, steps, inputs, elements, panels,
                 sum_bytes(pointer(panel, to), pointer(sums, 0))
         if len(offsets):
             offsets[t] = 128 * sums.sum()
+    if height == SIDE:
+        cross_words(panel)
 
 
 @compiled

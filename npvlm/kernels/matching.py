@@ -101,14 +101,13 @@ def _widen(w, like, start, count, wide):
 @parallel
 def _match_bytes(x, T, height, steps, chunk, row_scales, offsets, like, w, scales, size, scores):
     tiles = -(-T // height)
+    panel = len(x) // tiles
     for page in prange(len(scores)):
         beyond = (page + 1) * size
         sums = np.empty((tiles * height, WIDTH), np.int32)
         products, best = np.empty(WIDTH, np.float32), np.full(T, LEAST)
         for column in range(page * size, beyond, WIDTH):
-            sum_block(
-                x, len(x) // tiles, height, tiles, steps, chunk, offsets, w, like, w, column, sums
-            )
+            sum_block(x, panel, height, tiles, T, steps, chunk, offsets, w, like, w, column, sums)
             found = products[: min(WIDTH, beyond - column)]
             for i in range(T):
                 finish(sums[i], row_scales, i, scales, column, found)

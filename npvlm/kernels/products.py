@@ -13,6 +13,7 @@ from npvlm.kernels.compiling import compiled, parallel
 from npvlm.kernels.elementwise import gelu_tanh
 from npvlm.kernels.functions import gelu
 from npvlm.kernels.inputs import NOTHING, Inputs, numbers_of, pack
+from npvlm.kernels.matrices import SIDE, UNIT, add_squares, takes
 from npvlm.kernels.tiles import COLUMNS, MIDDLE, TALL, WIDTH, add_tile
 from npvlm.kernels.vectors import pointer, pointer_as
 from npvlm.model import ops
@@ -39,7 +40,7 @@ def linear(x: Array, w: Weight, bias: Weight | None = None) -> Array:
         return y if bias is None else y + unpack(bias, np.float32)
     y = np.empty((len(x), len(w)), np.float32)
     flat = NOTHING if bias is None else np.ascontiguousarray(unpack(bias, np.float32))
-    _multiply(pack(x, w), (w, w), flat, y, False)
+    _multiply(pack(x, w, takes(w, len(x))), (w, w), flat, y, False)
     return y
 
 
@@ -53,7 +54,7 @@ def gated(x: Array, gate: Weight, up: Weight, *, tap: Tap) -> Array:
     if isinstance(gate, Adapted) or isinstance(up, Adapted) or not _are_alike(gate, up):
         return gelu_tanh(linear(x, gate)) * linear(x, up)
     y = np.empty((len(x), len(gate)), np.float32)
-    _multiply(pack(x, gate), (gate, up), NOTHING, y, True)
+    _multiply(pack(x, gate, takes(gate, len(x))), (gate, up), NOTHING, y, True)
     return y
 
 
@@ -113,8 +114,8 @@ def _multiply(x: Inputs, weights: tuple[Bare, Bare], bias: Array, y: Array, gate
     w, like, groups, scales = stored(weights[0], x)
     w2, _, groups2, scales2 = stored(weights[1], x) if gate else (w, like, groups, scales)
     zero = np.empty(0, np.int32 if like.dtype == np.int8 else np.float32)
-    T, O = y.shape
-    width = max(WIDTH, O // (SHARES * get_num_threads())) if T == 1 else WIDTH
+    O = y.shape[1]
+    width = max(WIDTH, O // (SHARES * get_num_threads())) if x.height == 1 else WIDTH
     _products(
         x.panels, x.height, x.steps, x.chunk, x.scales, x.offsets, like, w, groups, scales,
         w2, groups2, scales2, zero, width, bias, y, gate,
@@ -136,12 +137,15 @@ def _products(
         tiles = -(-rows // height)
         panels, start = x[row // height * size :], offsets[row:]
         sums = np.empty((tiles * height, width), zero.dtype)
-        sum_block(panels, size, height, tiles, steps, chunk, start, w, like, groups, column, sums)
+        sum_block(
+            panels, size, height, tiles, rows, steps, chunk, start, w, like, groups, column, sums
+        )
         if gate:
             ups = np.empty((tiles * height, width), zero.dtype)
             sum_block(
-                panels, size, height, tiles, steps, chunk, start, w2, like, groups2, column, ups
-            )
+                panels, size, height, tiles, rows, steps, chunk, start, w2, like, groups2, column,
+                ups,
+            )  # fmt: skip
             other = np.empty(columns, np.float32)
         for i in range(rows):
             to = y[row + i, column : column + columns]
@@ -170,7 +174,9 @@ def finish(sums, row_scales, i, scales, column, to):
 
 
 @compiled
-def sum_block(panels, size, height, tiles, steps, chunk, offsets, w, like, groups, first, sums):
+def sum_block(
+    panels, size, height, tiles, rows, steps, chunk, offsets, w, like, groups, first, sums
+):
     """Sum the products of packed rows with rows `first` and following of w.
 
     Many tiles take a chunk of all the columns at a time, which stay in the cache for the next
@@ -181,6 +187,10 @@ def sum_block(panels, size, height, tiles, steps, chunk, offsets, w, like, group
     weights, scales = pointer_as(w, like), pointer_as(groups, NO_SCALES)
     for i in range(len(sums)):
         sums[i, :] = -offsets[i] if i < len(offsets) else 0
+    if UNIT:  # noqa: SIM102 (numba leaves out what a constant rules out, not what `and` does)
+        if height == SIDE:
+            add_squares(panels, size, tiles, steps, rows, w, first, sums)
+            return
     width = sums.shape[1]
     columns = 1 if height == 1 else COLUMNS  # one row reads memory fastest one column at a time
     group = width if tiles > 1 else columns

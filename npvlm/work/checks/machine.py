@@ -14,6 +14,7 @@ import numpy as np
 from npvlm.files.memory import available_memory
 from npvlm.kernels import compiling
 from npvlm.kernels.bandwidth import threads
+from npvlm.kernels.matrices import has_matrices
 from npvlm.kernels.tiles import BFLOAT16, BYTE_PRODUCTS
 from npvlm.kernels.vectors import features
 from npvlm.work.bench import machine
@@ -21,7 +22,7 @@ from npvlm.work.checks.finding import NOTE, OK, Check, Finding
 
 LIBRARIES = ("numpy", "numba", "llvmlite", "pillow", "safetensors", "sentencepiece", "click")
 PYTHONS = ((3, 11), (3, 13))  # the oldest and the newest that npvlm is tested with
-FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16")
+FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512vnni", "avx512bf16", "amx-int8")
 LITTLE = 10**9  # bytes of memory or disk below which something is said
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
 
@@ -97,10 +98,12 @@ def kernels_used(there: frozenset[str]) -> dict[str, str]:
     byte_pairs = "bytes by pairs, AVX2" if "avx2" in there else "bytes widened to 16 bits"
     word_pairs = "16 bits by pairs, AVX2" if "avx2" in there else "16 bits widened to 32"
     dot = "dot products of bytes, AVX512-VNNI"
+    unit = "the matrix unit, AMX" if has_matrices() else None
+    pairs = "dot products, AVX512-BF16" if BFLOAT16 else "pairs split, then as float32"
     return {
         "float32": f"multiply-add {added}, {wide}",
-        "bfloat16": "dot products, AVX512-BF16" if BFLOAT16 else "pairs split, then as float32",
-        "int8": dot if BYTE_PRODUCTS else word_pairs,
+        "bfloat16": unit or pairs,
+        "int8": f"{unit}; few rows: {dot}" if unit else dot if BYTE_PRODUCTS else word_pairs,
         "int4": dot if BYTE_PRODUCTS else byte_pairs,
     }
 
