@@ -71,6 +71,20 @@ def test_a_corrected_weight_is_the_weight_and_its_correction(rng, kind) -> None:
     np.testing.assert_array_equal(w[3:9].unpack(), w.unpack()[3:9])
 
 
+@pytest.mark.parametrize("rank", [16, 64, 150])
+@pytest.mark.parametrize("outputs", [40, 64, 600])
+def test_rows_with_a_correction_are_the_same_in_any_company(rng, rank, outputs) -> None:
+    base, up, down = (numbers(rng, *size) for size in ((outputs, 48), (outputs, rank), (rank, 48)))
+    x, gain = numbers(rng, 203, 48), rng.random(outputs) + 0.5
+    w = Adapted(base, down, up, 0.3, gain)
+    y, gated = kernels.linear(x, w), kernels.gated(x, w, w, tap=closed)
+    truth = definitions.linear(x.astype(np.float64), w)
+    assert np.sqrt(np.mean((y - truth) ** 2) / np.mean(truth**2)) < 2.0**-22
+    for rows in (slice(0, 1), slice(5, 9), slice(100, 107), slice(202, 203), slice(190, 203)):
+        np.testing.assert_array_equal(kernels.linear(x[rows], w), y[rows])
+        np.testing.assert_array_equal(kernels.gated(x[rows], w, w, tap=closed), gated[rows])
+
+
 def test_corrected_and_bare_weights_gate_each_other(rng) -> None:
     base, up, down = numbers(rng, 70, 96), numbers(rng, 70, 16), numbers(rng, 16, 96)
     x, w, other = numbers(rng, 9, 96) * 0.2, Adapted(base, down, up, 0.3), pack_int8(base)

@@ -394,17 +394,16 @@ def _correction(
         shape=(len(up), *down.shape[1:]),
         rank=rank,
         scale=settings.scale(module, rank),
-        up=_filled(up.reshape(len(up), rank), 1),
-        down=_filled(down.reshape(rank, -1), 0),
+        up=_filled(up.reshape(len(up), rank).T).T,  # so it lies in memory as kernels read it
+        down=_filled(down.reshape(rank, -1)),
         magnitude=_lengths(magnitude, up, settings, first, file),
     )
 
 
-def _filled(factor: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+def _filled(factor: NDArray[np.float32]) -> NDArray[np.float32]:
     """A factor with zeros up to the rank that kernels read at once: they add nothing."""
-    room = [(0, 0), (0, 0)]
-    room[axis] = (0, max(0, _LEAST_RANK - factor.shape[axis]))
-    return np.ascontiguousarray(np.pad(factor, room))
+    room = (0, max(0, _LEAST_RANK - len(factor)))
+    return np.ascontiguousarray(np.pad(factor, (room, (0, 0))))
 
 
 def _lengths(

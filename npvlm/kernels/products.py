@@ -10,6 +10,7 @@ from numba import get_num_threads, prange
 from numpy.typing import DTypeLike, NDArray
 
 from npvlm.kernels.compiling import compiled, parallel
+from npvlm.kernels.corrections import Correction, add_correction, lay_out, sum_correction
 from npvlm.kernels.elementwise import gelu_tanh
 from npvlm.kernels.functions import gelu
 from npvlm.kernels.inputs import NOTHING, Inputs, numbers_of, pack
@@ -35,12 +36,10 @@ def linear(x: Array, w: Weight, bias: Weight | None = None) -> Array:
     """
     if x.dtype != np.float32:
         return ops.linear(x, w, bias)
-    if isinstance(w, Adapted):
-        y = w.products(x, linear)
-        return y if bias is None else y + unpack(bias, np.float32)
-    y = np.empty((len(x), len(w)), np.float32)
+    y, base = np.empty((len(x), len(w)), np.float32), _bare(w)
     flat = NOTHING if bias is None else np.ascontiguousarray(unpack(bias, np.float32))
-    _multiply(pack(x, w, takes(w, len(x))), (w, w), flat, y, False)
+    packed = pack(x, base, takes(base, len(x)))
+    _multiply(packed, (base, base), (_correction(x, w), None), flat, y, False)
     return y
 
 
@@ -51,10 +50,12 @@ def gated(x: Array, gate: Weight, up: Weight, *, tap: Tap) -> Array:
     """
     if x.dtype != np.float32:
         return ops.gated(x, gate, up, tap=tap)
-    if isinstance(gate, Adapted) or isinstance(up, Adapted) or not _are_alike(gate, up):
+    weights = _bare(gate), _bare(up)
+    if not _are_alike(*weights):
         return gelu_tanh(linear(x, gate)) * linear(x, up)
     y = np.empty((len(x), len(gate)), np.float32)
-    _multiply(pack(x, gate, takes(gate, len(x))), (gate, up), NOTHING, y, True)
+    packed = pack(x, weights[0], takes(weights[0], len(x)))
+    _multiply(packed, weights, (_correction(x, gate), _correction(x, up)), NOTHING, y, True)
     return y
 
 
@@ -78,6 +79,17 @@ def embed(ids: Index, table: Weight, scale: float, dtype: DTypeLike) -> Array:
     x = ops.embed(ids, table.base, scale, dtype)
     x += linear(table.up[ids] * (scale * table.scale), table.down.T)
     return x
+
+
+def _bare(w: Weight) -> Bare:
+    return w.base if isinstance(w, Adapted) else w
+
+
+def _correction(x: Array, w: Weight) -> Correction | None:
+    """What stands beside a weight, made ready for the products with x."""
+    if not isinstance(w, Adapted):
+        return None
+    return lay_out(linear(x, w.down) * np.float32(w.scale), w)
 
 
 def _are_alike(w: Bare, other: Bare) -> bool:
@@ -109,23 +121,30 @@ def _bytes(values: Array) -> NDArray[np.uint8]:
     return flat
 
 
-def _multiply(x: Inputs, weights: tuple[Bare, Bare], bias: Array, y: Array, gate: bool) -> None:
+def _multiply(
+    x: Inputs,
+    weights: tuple[Bare, Bare],
+    corrections: tuple[Correction | None, Correction | None],
+    bias: Array,
+    y: Array,
+    gate: bool,
+) -> None:
     """Write the products of packed rows with weights to y [T, O], of two weights if they gate."""
     w, like, groups, scales = stored(weights[0], x)
     w2, _, groups2, scales2 = stored(weights[1], x) if gate else (w, like, groups, scales)
     zero = np.empty(0, np.int32 if like.dtype == np.int8 else np.float32)
-    O = y.shape[1]
-    width = max(WIDTH, O // (SHARES * get_num_threads())) if x.height == 1 else WIDTH
+    O, shares = y.shape[1], SHARES * get_num_threads()
+    width = -(-O // (WIDTH * shares)) * WIDTH if x.height == 1 else WIDTH
     _products(
         x.panels, x.height, x.steps, x.chunk, x.scales, x.offsets, like, w, groups, scales,
-        w2, groups2, scales2, zero, width, bias, y, gate,
+        w2, groups2, scales2, *corrections, zero, width, bias, y, gate,
     )  # fmt: skip
 
 
 @parallel
 def _products(
     x, height, steps, chunk, row_scales, offsets, like, w, groups, scales,
-    w2, groups2, scales2, zero, width, bias, y, gate,
+    w2, groups2, scales2, correction, correction2, zero, width, bias, y, gate,
 ):  # fmt: skip
     """One block of `width` columns and at most ROWS rows at a time: its sums stay in the cache."""
     T, O = y.shape
@@ -147,11 +166,19 @@ def _products(
                 ups,
             )  # fmt: skip
             other = np.empty(columns, np.float32)
+        if correction is not None:
+            added = sum_correction(correction, row, rows, column, width)
+        if correction2 is not None:
+            added2 = sum_correction(correction2, row, rows, column, width)
         for i in range(rows):
             to = y[row + i, column : column + columns]
             finish(sums[i], row_scales, row + i, scales, column, to)
+            if correction is not None:
+                add_correction(added[i], correction, column, to)
             if gate:
                 finish(ups[i], row_scales, row + i, scales2, column, other)
+                if correction2 is not None:
+                    add_correction(added2[i], correction2, column, other)
                 for j in range(columns):
                     to[j] = gelu(to[j]) * other[j]
             elif len(bias):

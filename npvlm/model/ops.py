@@ -51,7 +51,7 @@ def linear(x: Array, w: Weight, bias: Weight | None = None) -> Array:
     x [T, I], w [O, I], bias [O] -> [T, O]
     """
     if isinstance(w, Adapted):
-        y = w.products(x, linear)
+        y = _corrected_products(x, w)
     elif isinstance(w, Int8 | Int4):
         y = _integer_products(x, w)
     else:
@@ -64,6 +64,18 @@ def linear(x: Array, w: Weight, bias: Weight | None = None) -> Array:
             y[:, block] = sum(x[:, i : i + RUN] @ wide[:, i : i + RUN].T for i in runs)
     if bias is not None:
         y += unpack(bias, x.dtype)
+    return y
+
+
+def _corrected_products(x: Array, w: Adapted) -> Array:
+    """The products with the weight as it is stored, and beside them those with its correction.
+
+    x [T, I], w [O, I] -> [T, O]
+    """
+    y = linear(x, w.base)
+    y += linear(linear(x, w.down) * w.scale, w.up)
+    if w.gain is not None:
+        y *= w.gain
     return y
 
 

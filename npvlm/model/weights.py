@@ -174,17 +174,6 @@ class Adapted:
         assert not isinstance(self.base, Int8 | Int4) and shape[0] == len(self)
         return replace(self, base=self.base.reshape(*shape))
 
-    def products(self, x: Array, linear: Callable[[Array, Any], Array]) -> Array:
-        """The inputs times this weight, by the `linear` of a namespace of operations.
-
-        x [T, I] -> [T, O]
-        """
-        y = linear(x, self.base)
-        y += linear(linear(x, self.down) * self.scale, self.up)
-        if self.gain is not None:
-            y *= self.gain
-        return y
-
     def unpack(self) -> NDArray[np.float64]:
         """The two merged, rounded to float64 alone."""
         merged = unpack(self.base, np.float64)
