@@ -142,8 +142,46 @@ def test_a_table_of_records_is_whole_or_goes_on(tmp_path: Path) -> None:
     expected = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [{k: v for k, v in r.items() if v is not None} for r in found] == expected
     assert not started.exists()
-    result = run(*ask, "--resume")
-    assert result.returncode == 2 and "is there, and whole" in one_line(result)
+
+
+def test_a_table_that_is_whole_stays_as_it_is(tmp_path: Path) -> None:
+    draw_picture().save(tmp_path / "a.png")
+    lines = [
+        {"image": "a.png", "prompt": "caption en", "mixed": 1},
+        {"image": "absent.png", "prompt": "caption en", "mixed": "one"},
+        {"image": "a.png", "prompt": "detect red star", "mixed": [None]},
+    ]
+    questions, table = tmp_path / "list.jsonl", tmp_path / "out.parquet"
+
+    def write(lines) -> None:
+        questions.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+    write(lines)
+    ask = ["batch", questions, "-o", table, "-q"]
+    sheets = [tmp_path / "sheet.html", tmp_path / "again.html"]
+    assert run(*ask, "--html", sheets[0]).returncode == 3
+    whole = table.read_bytes()
+    assert "out.parquet holds records; --resume goes on" in one_line(run(*ask))
+    again = run(*ask, "--resume", "--html", sheets[1])
+    assert again.returncode == 3 and "1 error from before" in one_line(again)
+    first, second = (sheet.read_text() for sheet in sheets)
+    assert first.count("data:image") == second.count("data:image") > 1
+    for wrong, says in (
+        (lines[:2], "has more records, expected 2; is the input another one?"),
+        ([*lines, lines[0]], "has 3 records, expected 4; is the input another one?"),
+        ([{**lines[0], "prompt": "ocr"}, *lines[1:]], 'row 1 has prompt "caption en", expected'),
+        ([*lines[:2], {**lines[2], "mixed": [1]}], 'row 3 has mixed "[null]", expected "[1]"'),
+    ):
+        write(wrong)
+        result = run(*ask, "--resume")
+        assert result.returncode == 2 and says in one_line(result)
+    write(lines)
+    started = table.with_name("out.parquet.jsonl")
+    started.write_text("")  # a kill before it was removed
+    assert run(*ask, "--resume").returncode == 3
+    assert table.read_bytes() == whole and not started.exists()
+    table.write_text("text")
+    assert "no Parquet file that can be read" in one_line(run(*ask, "--resume"))
 
 
 def test_a_sheet_of_pictures_in_a_table_is_refused(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def batch(
     try:
         with connected:
             last, memory = run_batch(
-                *(opened, items, running, tell, errors.add),
+                *(opened, items, output, tell, errors.add),
                 max_tokens=max_tokens,
                 resume=resume,
                 engine=answers,
@@ -185,7 +185,7 @@ def batch(
     places = f"records in {output}"
     try:
         if html is not None:
-            _write_sheet(items, running, html, quiet)
+            _write_sheet(items, output if output.exists() else running, html, quiet)
             places += f", contact sheet in {html}"
     finally:  # the records are there all the same
         write_whole(running, output)

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from npvlm.cli.options import adapter_option, say_when_compiling
+from npvlm.files.memory import said_bytes
 
 
 @click.command()
@@ -87,7 +88,7 @@ class Progress:
         if done < weights and now - self.said < self.seconds:
             return
         self.said = now
-        line = f"{done} of {weights} weights, {written / 1e9:.2f} of {total / 1e9:.2f} GB"
+        line = f"{done} of {weights} weights, {said_bytes(written)} of {said_bytes(total)}"
         click.echo(f"\r{line}" if self.terminal else line, nl=not self.terminal, err=True)
         self.begun = self.terminal
 

@@ -17,7 +17,7 @@ except ImportError:  # on Windows two processes must keep apart by themselves
 
 from npvlm.answers.lines import json_line
 from npvlm.errors import NpvlmError, UsageError
-from npvlm.work.batch_parquet import is_parquet, need_pyarrow, write_parquet
+from npvlm.work.batch_parquet import in_table, is_parquet, need_pyarrow, read_rows, write_parquet
 
 Record = Mapping[str, Any]
 
@@ -29,13 +29,14 @@ class Records:
     errors : how many of them say why there is no answer
     """
 
-    def __init__(self, path: Path, file: FileIO, kept: int, errors: int) -> None:
+    def __init__(self, path: Path, file: FileIO | None, kept: int, errors: int) -> None:
         self._path, self._file = path, file
         self.kept = kept
         self.errors = errors
 
     def append(self, record: Record) -> None:
         """Write one line and have the disk hold it."""
+        assert self._file is not None, "a table is whole"
         left = memoryview(f"{json_line(dict(record))}\n".encode())
         with said(self._path, "make room and go on with --resume"):
             while left:
@@ -47,12 +48,13 @@ class Records:
 
 @contextmanager
 def open_records(
-    path: Path, expected: Sequence[tuple[Record, Record]], resume: bool
+    output: Path, expected: Sequence[tuple[Record, Record]], resume: bool
 ) -> Iterator[Records]:
     """Open the file to write, new or to go on with; no other process may write it meanwhile.
 
     Parameters
     ----------
+    output : where all records will be; a table that is there has them already
     expected : for each record what it says in any case, and what an answer says besides
     resume : keep the records there are, drop the beginning of the next one, and append
 
@@ -64,15 +66,21 @@ def open_records(
     NpvlmError
         Where it cannot be read or written.
     """
-    if path.exists() and not path.is_file():
-        raise NpvlmError(f"{path} is no regular file, expected a place for one.")
+    if output.exists() and not output.is_file():
+        raise NpvlmError(f"{output} is no regular file, expected a place for one.")
+    if is_parquet(output) and output.exists():
+        if not resume:
+            raise _holds_records(output)
+        yield Records(output, None, *_check_table(output, expected))
+        return
+    path = while_running(output)
     with said(path, "name another place"):
         file = path.open("a+b", buffering=0)
     with file:
         with said(path, "name another place"):
             lock(file, path)
             if path.stat().st_size and not resume:
-                raise UsageError(f"{path} holds records; --resume goes on, or name another file.")
+                raise _holds_records(path)
             kept, errors, size = _check(path, expected)
             file.truncate(size)
         yield Records(path, file, kept, errors)
@@ -93,28 +101,29 @@ def while_running(output: Path) -> Path:
 
     Raises
     ------
-    UsageError
-        For a table that is there already.
     NpvlmError
-        Where there is nothing to write one with.
+        For a table, where there is nothing to write one with.
     """
     if not is_parquet(output):
         return output
     need_pyarrow()
-    if output.exists():
-        raise UsageError(f"{output} is there, and whole; nothing goes on: name another file.")
     return output.with_name(f"{output.name}.jsonl")
 
 
 def write_whole(running: Path, output: Path) -> None:
-    """Make the table of a run that is complete, and remove its lines."""
-    if running != output:
+    """Make the table of a run that is complete, if it is not there, and remove its lines."""
+    if running == output:
+        return
+    if not output.exists():
         write_parquet(read_records(running), read_records(running), output)
-        running.unlink()
+    running.unlink(missing_ok=True)
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file that is whole."""
+    if is_parquet(path):
+        yield from read_rows(path)
+        return
     with path.open("rb") as lines:
         yield from map(json.loads, lines)
 
@@ -146,6 +155,25 @@ def _check(path: Path, expected: Sequence[tuple[Record, Record]]) -> tuple[int, 
     return kept, errors, size
 
 
+def _check_table(path: Path, expected: Sequence[tuple[Record, Record]]) -> tuple[int, int]:
+    """Count the records of a table, which has to hold all, and those with an error."""
+    kept = errors = 0
+    for kept, record in enumerate(read_rows(path), 1):
+        if kept > len(expected):
+            break
+        (always, answered), failed = expected[kept - 1], "error" in record
+        asked = always if failed else {**always, **answered}
+        stored = {key: in_table(value, record.get(key)) for key, value in asked.items()}
+        _compare(record, stored, f"{path} row {kept}")
+        errors += failed
+    if kept != len(expected):
+        raise UsageError(
+            f"{path} has {'more' if kept > len(expected) else kept} records, expected "
+            f"{len(expected)}; is the input another one?"
+        )
+    return kept, errors
+
+
 def _check_torn(line: bytes, expected: Record, where: str) -> None:
     """Refuse a last line without an end that is no beginning of the record that comes next."""
     start = json_line({"index": expected["index"]}).removesuffix("}").encode() + b","
@@ -161,6 +189,10 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise _no_record(where)
     return record
+
+
+def _holds_records(path: Path) -> UsageError:
+    return UsageError(f"{path} holds records; --resume goes on, or name another file.")
 
 
 def _no_record(where: str) -> UsageError:

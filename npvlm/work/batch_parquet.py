@@ -124,6 +124,22 @@ def write_parquet(
             writer.write_table(_table(some, schema))
 
 
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a table, each without the fields that it does not have."""
+    need_pyarrow()
+    with _opened(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS_WRITTEN):
+            for values in batch.to_pylist():
+                yield {key: value for key, value in values.items() if value is not None}
+
+
+def in_table(value: Any, found: Any) -> Any:
+    """What a value has become in a table: JSON, where its column had to be text, as `found` is."""
+    stored = _storable(value)
+    is_text = isinstance(found, str) and not isinstance(stored, str)
+    return _as_json(stored) if is_text else stored
+
+
 def _schema_of(records: Iterable[Mapping[str, Any]]) -> pyarrow.Schema:
     """A type for each field that some record has, in the order of their first coming."""
     import pyarrow as pa
