@@ -191,6 +191,18 @@ def test_packing_is_done_after_the_merge(tmp_path: Path, precision: str) -> None
     assert off(true, unpack(npvlm.load(BASE).weights[name], np.float64)) > 2 * limit
 
 
+@pytest.mark.parametrize("name", ["pg1-moved", "pg1-patterns", "pg2-dora"])
+def test_a_merge_for_other_pictures_is_the_merge_and_then_the_pictures(tmp_path, name) -> None:
+    base, adapter = GOLDEN / STORED[name]["checkpoint"], GOLDEN / "adapters" / name
+    side = 2 * read_config(base).vision_config.image_size
+    convert(base, tmp_path / "merged", None, lambda *_: None, adapter)
+    convert(tmp_path / "merged", tmp_path / "both", None, lambda *_: None, image_size=side)
+    convert(base, tmp_path / "once", None, lambda *_: None, adapter, image_size=side)
+    both, once = (npvlm.load(tmp_path / place) for place in ("both", "once"))
+    assert both.config == once.config
+    np.testing.assert_array_equal(scores(both), scores(once))
+
+
 @pytest.mark.parametrize("name", ["pg1-trained", "pg2-tables"])
 def test_a_merge_that_changes_one_of_two_tied_tables_unties_them(tmp_path: Path, name: str) -> None:
     base, adapter = GOLDEN / STORED[name]["checkpoint"], GOLDEN / "adapters" / name

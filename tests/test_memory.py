@@ -84,7 +84,8 @@ def test_where_nothing_is_known_nothing_is_refused(machine: Path) -> None:
 
 
 def test_bytes_are_said_as_people_say_them() -> None:
-    assert [said_bytes(n) for n in (5_400_000, 10**9, LARGE)] == [
+    assert [said_bytes(n) for n in (1_600, 5_400_000, 10**9, LARGE)] == [
+        "2 kB",
         "5 MB",
         "1.0 GB",
         "1,000,000.0 GB",

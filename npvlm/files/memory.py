@@ -46,7 +46,9 @@ def check_memory(needed: int, what: str, advice: str) -> None:
 
 def said_bytes(count: int) -> str:
     """A number of bytes as people say it."""
-    return f"{count / 1e9:,.1f} GB" if count >= 10**9 else f"{count / 1e6:.0f} MB"
+    if count >= 10**9:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 10**6 else f"{count / 1e3:.0f} kB"
 
 
 def proc_bytes(path: Path) -> dict[str, int]:
