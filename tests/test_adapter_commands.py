@@ -144,6 +144,9 @@ def test_the_doctor_checks_a_model_with_its_adapter(
             "--adapter is for a --mod",
         ),
         (["tokens", "hi", "--adapter", "x"], "No such option"),
+        (["caption", "x.png", "--adapter", ""], "--adapter names nothing"),
+        (["caption", "x.png", "--adapter", "x", "--adapter", "y"], "--adapter is given twice"),
+        (["caption", "x.png", "--model", ""], "--model names nothing"),
     ],
 )
 def test_an_adapter_where_it_means_nothing_is_refused(arguments: list[str], says: str) -> None:

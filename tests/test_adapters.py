@@ -203,6 +203,12 @@ def test_a_merge_for_other_pictures_is_the_merge_and_then_the_pictures(tmp_path,
     np.testing.assert_array_equal(scores(both), scores(once))
 
 
+def test_a_correction_of_the_positions_is_merged_before_they_are_resampled(tmp_path) -> None:
+    base, adapter = GOLDEN / STORED["pg2-tables"]["checkpoint"], GOLDEN / "adapters" / "pg2-tables"
+    with pytest.raises(UsageError, match=r"changes the table of positions.*merge it first"):
+        convert(base, tmp_path / "out", None, lambda *_: None, adapter, image_size=30)
+
+
 @pytest.mark.parametrize("name", ["pg1-trained", "pg2-tables"])
 def test_a_merge_that_changes_one_of_two_tied_tables_unties_them(tmp_path: Path, name: str) -> None:
     base, adapter = GOLDEN / STORED[name]["checkpoint"], GOLDEN / "adapters" / name

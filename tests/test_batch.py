@@ -213,6 +213,7 @@ def work(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("album -o out.jsonl --html link.html", "is what is asked about"),
         ("list.csv -o list.csv --resume", "is what is asked about"),
         ("list.csv -o album/a.png --resume", "is what is asked about"),
+        ("list.csv -o out.csv", "records are JSON, a line each; name a .jsonl, or a .parquet"),
     ],
 )
 def test_nothing_is_written_over_what_is_asked_about(work: Path, arguments: str, says: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.work.batch import pictures_of
 from npvlm.work.batch_input import read_input
+from npvlm.work.batch_output import while_running, write_whole
 from npvlm.work.batch_parquet import write_parquet
 from npvlm.work.demo import draw_picture
 from tests.test_cli import one_line, run
@@ -169,19 +170,67 @@ def test_a_table_that_is_whole_stays_as_it_is(tmp_path: Path) -> None:
     for wrong, says in (
         (lines[:2], "has more records, expected 2; is the input another one?"),
         ([*lines, lines[0]], "has 3 records, expected 4; is the input another one?"),
-        ([{**lines[0], "prompt": "ocr"}, *lines[1:]], 'row 1 has prompt "caption en", expected'),
-        ([*lines[:2], {**lines[2], "mixed": [1]}], 'row 3 has mixed "[null]", expected "[1]"'),
+        ([{**lines[0], "prompt": "ocr"}, *lines[1:]], 'row 0 has prompt "caption en", expected'),
+        ([*lines[:2], {**lines[2], "mixed": [1]}], 'row 2 has mixed "[null]", expected "[1]"'),
     ):
         write(wrong)
         result = run(*ask, "--resume")
         assert result.returncode == 2 and says in one_line(result)
     write(lines)
     started = table.with_name("out.parquet.jsonl")
-    started.write_text("")  # a kill before it was removed
-    assert run(*ask, "--resume").returncode == 3
-    assert table.read_bytes() == whole and not started.exists()
+    plain = tmp_path / "out.jsonl"
+    assert run("batch", questions, "-o", plain, "-q").returncode == 3
+    for content, stays in ((b"my notes", True), (plain.read_bytes(), False)):
+        started.write_bytes(content)  # in the second case by a kill before it was removed
+        assert run(*ask, "--resume").returncode == 3
+        assert table.read_bytes() == whole and started.exists() is stays
     table.write_text("text")
     assert "no Parquet file that can be read" in one_line(run(*ask, "--resume"))
+
+
+def test_a_table_of_any_fields_can_be_resumed(tmp_path: Path) -> None:
+    draw_picture().save(tmp_path / "a.png")
+    metas = [{"a": 1}, {"b": [{"c": None}, {}]}, {}, None, "text", 2.5]
+    for count in (2, 4, 6):
+        lines = [{"image": "a.png", "prompt": "ocr", "meta": m, "empty": {}} for m in metas[:count]]
+        (tmp_path / "list.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        ask = ["batch", tmp_path / "list.jsonl", "-o", tmp_path / f"{count}.parquet", "-q"]
+        for options in ([], ["--resume"]):
+            result = run(*ask, *options)
+            assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"index": [0], "image": [{"bytes": b"x"}]}, "row 0 has image {'bytes': b'x'}, expected"),
+        ({"index": [float("nan")]}, "row 0 has index nan, expected 0"),
+        ({"image": [b"x"]}, "has no records of a batch in it; name another file"),
+    ],
+)
+def test_a_table_of_something_else_is_not_resumed(tmp_path: Path, columns, says: str) -> None:
+    draw_picture().save(tmp_path / "a.png")
+    name = written(tmp_path / "f.parquet", **columns)
+    result = run("batch", tmp_path / "a.png", "--task", "ocr", "-q", "-o", name, "--resume")
+    assert result.returncode == 2 and says in one_line(result)
+
+
+def test_a_table_that_comes_to_be_there_costs_no_records(tmp_path: Path) -> None:
+    output = tmp_path / "out.parquet"
+    running = while_running(output, False)
+    running.write_text('{"index": 0}\n')
+    written(output, image=["x"])
+    with pytest.raises(UsageError, match=r"out\.parquet has come to be there meanwhile.*--resume"):
+        write_whole(running, output)
+    assert running.read_text() == '{"index": 0}\n'
+
+
+def test_an_empty_file_is_no_table_yet(tmp_path: Path) -> None:
+    draw_picture().save(tmp_path / "a.png")
+    output = tmp_path / "out.parquet"
+    output.touch()
+    assert run("batch", tmp_path / "a.png", "--task", "ocr", "-q", "-o", output).returncode == 0
+    assert len(rows.read_table(output)) == 1
 
 
 def test_a_sheet_of_pictures_in_a_table_is_refused(tmp_path: Path) -> None:

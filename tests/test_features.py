@@ -17,6 +17,7 @@ import npvlm
 from npvlm.errors import NpvlmError
 from npvlm.files.writer import Stack
 from npvlm.model.weights import Array
+from npvlm.opening import BUNDLED
 from npvlm.work.demo import draw_picture
 from npvlm.work.features import save_features
 from tests.lora import lora_tensors, save_lora
@@ -151,7 +152,8 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(
 
 def test_an_earlier_file_stays_until_the_new_one_is_whole(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.safetensors"
-    output.write_text("earlier")
+    assert run("features", folder / "01.png", "-o", output).returncode == 0
+    earlier = output.read_bytes()
     command = [*CLI, "features", *[str(folder / "01.png")] * 1, str(folder), "-o", str(output)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.glob(".x.*")):
@@ -159,7 +161,20 @@ def test_an_earlier_file_stays_until_the_new_one_is_whole(folder: Path, tmp_path
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130
-    assert output.read_text() == "earlier" and list(tmp_path.iterdir()) == [output]
+    assert output.read_bytes() == earlier and list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("what", ["weights", "text"])
+def test_what_is_no_file_of_features_is_not_replaced(folder: Path, tmp_path: Path, what) -> None:
+    output = tmp_path / "model.safetensors"
+    if what == "weights":
+        shutil.copyfile(BUNDLED / "shapes" / output.name, output)
+    else:
+        output.write_text("notes")
+    before = output.read_bytes()
+    result = run("features", folder / "01.png", "-o", output)
+    assert result.returncode == 2 and "is there already and something else" in one_line(result)
+    assert output.read_bytes() == before
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_work(

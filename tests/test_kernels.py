@@ -87,6 +87,7 @@ def test_rows_with_a_correction_are_the_same_in_any_company(rng, rank, outputs) 
 
 def test_corrected_and_bare_weights_gate_each_other(rng) -> None:
     base, up, down = numbers(rng, 70, 96), numbers(rng, 70, 16), numbers(rng, 16, 96)
+    up = up.astype(np.float64)
     x, w, other = numbers(rng, 9, 96) * 0.2, Adapted(base, down, up, 0.3), pack_int8(base)
     for gate, wide in ((w, w), (w, base), (base, w), (base, other)):
         expected = kernels.gelu_tanh(kernels.linear(x, gate)) * kernels.linear(x, wide)

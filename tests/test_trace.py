@@ -187,6 +187,21 @@ def test_a_saved_trace_reads_back_the_same(tmp_path: Path, traced: Trace, form: 
     assert dump.manifest["config"]["model_type"] == "paligemma"
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "x.bin"])
+def test_what_is_no_trace_is_not_replaced(tmp_path: Path, traced: Trace, name: str) -> None:
+    (tmp_path / name).write_text('{"stages": 3}')
+    with pytest.raises(UsageError, match="is there already, and no trace; name another file"):
+        save_trace(traced, tmp_path / name, {}, compact=name.endswith(".json"))
+    assert (tmp_path / name).read_text() == '{"stages": 3}'
+
+
+@pytest.mark.parametrize("name", ["t.safetensors", "t.json", "t.bin"])
+def test_a_trace_takes_the_place_of_another(tmp_path: Path, traced: Trace, name: str) -> None:
+    for _ in range(2):
+        save_trace(traced, tmp_path / name, {}, compact=name.endswith(".json"))
+    assert open_dump(tmp_path / name).manifest is not None
+
+
 def test_a_compact_trace_is_small_whatever_the_model(tmp_path: Path, traced: Trace) -> None:
     with pytest.raises(UsageError, match="compact"):
         save_trace(traced, tmp_path / "x.safetensors", {}, compact=True)

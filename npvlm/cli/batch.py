@@ -135,12 +135,13 @@ def batch(
 
     from npvlm.work.batch import run_batch
     from npvlm.work.batch_input import part, read_input
-    from npvlm.work.batch_output import while_running, write_whole
+    from npvlm.work.batch_output import is_table, while_running, write_whole
     from npvlm.work.batch_places import check_places
 
     everything = read_input(inputs, asked)
     check_places(output, html, inputs, everything)
-    items, running = part(everything, *shard), while_running(output)
+    items, running = part(everything, *shard), while_running(output, resume)
+    was_whole = is_table(output)
     named = named_model(model, quiet)
     connected: AbstractContextManager[None] = nullcontext()
     answers = None
@@ -185,10 +186,11 @@ def batch(
     places = f"records in {output}"
     try:
         if html is not None:
-            _write_sheet(items, output if output.exists() else running, html, quiet)
+            _write_sheet(items, output if was_whole else running, html, quiet)
             places += f", contact sheet in {html}"
     finally:  # the records are there all the same
-        write_whole(running, output)
+        if not was_whole:
+            write_whole(running, output)
         if not quiet:
             click.echo(f"npvlm: {_summary(last, memory)}; {places}", err=True)
         elif last.errors and not errors.count:

@@ -83,11 +83,13 @@ def features(
     """
     if bool(hidden or attention) != (prompt is not None):
         raise click.UsageError("--prompt goes with --hidden or --attention: give both, or none.")
-    from npvlm.work.features import save_features
+    from npvlm.files.output import check_replaces
+    from npvlm.work.features import FORMAT, save_features
     from npvlm.work.gallery import check_output
 
     pictures = find_pictures(images)
     check_output(output, ".safetensors", paths_of(pictures))
+    check_replaces(output, FORMAT)
     opened = open_model(named_model(model, quiet), precision, "kernels", quiet, adapter)
     line, failed = ProgressLine("pictures", quiet), 0
 

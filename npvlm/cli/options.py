@@ -61,10 +61,17 @@ def threads_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --model."""
+
+    def named(context: click.Context, option: click.Parameter, given: str | None) -> str | None:
+        if given == "":
+            raise click.UsageError("--model names nothing; name a model, or leave it out.")
+        return given
+
     return click.option(
         "--model",
         "--model_path",
         "model",
+        callback=named,
         envvar=MODEL_VARIABLE,
         metavar="NAME|FOLDER",
         help="A bundled or fetched model, or a checkpoint folder.  "
@@ -74,9 +81,18 @@ def model_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def adapter_option(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add --adapter."""
+
+    def the_one(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> Any:
+        if len(given) > 1:
+            raise click.UsageError("--adapter is given twice, and one is applied: merge the other.")
+        if "" in given:
+            raise click.UsageError("--adapter names nothing; name a folder, or leave it out.")
+        return Path(given[0]) if given else None
+
     return click.option(
         "--adapter",
-        type=click.Path(path_type=Path),
+        multiple=True,
+        callback=the_one,
         metavar="FOLDER",
         help="A LoRA for the model, as PEFT saves it.",
     )(command)

@@ -108,8 +108,13 @@ def _check(folder: Path, index: PageIndex) -> None:
     from npvlm.errors import UsageError
     from npvlm.files.output import check_new
 
-    if folder.resolve() in {Path(page.path).resolve().parent for page in index.pages}:
-        raise UsageError(f"{folder} holds pages of {index.file}; name another folder.")
+    place = folder.resolve()
+    for around in {Path(page.path).resolve().parent for page in index.pages}:
+        if place.is_relative_to(around):
+            raise UsageError(
+                f"{folder} is where pages of {index.file} are, in {around}, and drawings would be "
+                "taken for some; name a folder elsewhere."
+            )
     check_new(folder)
 
 

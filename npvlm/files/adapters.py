@@ -394,7 +394,7 @@ def _correction(
         shape=(len(up), *down.shape[1:]),
         rank=rank,
         scale=settings.scale(module, rank),
-        up=_filled(up.reshape(len(up), rank).T).T,  # so it lies in memory as kernels read it
+        up=_filled(up.reshape(len(up), rank).T).T,  # in memory as kernels read it, by rank
         down=_filled(down.reshape(rank, -1)),
         magnitude=_lengths(magnitude, up, settings, first, file),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from secrets import token_hex
 
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 
 from npvlm.errors import NpvlmError, UsageError
 
@@ -127,6 +128,19 @@ def check_new(folder: Path) -> None:
         raise UsageError(f"{folder} is there already, expected a new or an empty folder.")
     if not folder.parent.is_dir():
         raise UsageError(f"{folder.parent} is no folder; make it first.")
+
+
+def check_replaces(path: Path, kind: str) -> None:
+    """Refuse a place where a file is that does not say to be of this kind, such as weights."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError):
+        found = None
+    if found != kind:
+        raise UsageError(f"{path} is there already and something else; name another file.")
 
 
 def disk_free(folder: Path) -> int:

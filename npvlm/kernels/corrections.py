@@ -15,9 +15,6 @@ from npvlm.kernels.tiles import COLUMNS, TALL, WIDTH, mix_tile
 from npvlm.kernels.vectors import LANES, pointer
 from npvlm.model.weights import Adapted, Array
 
-NO_GAIN = np.empty(0, np.float64)
-NO_GAIN.flags.writeable = False
-
 
 class Correction(NamedTuple):
     """A correction of products y [T, O], which become gain * (y + low @ up).
@@ -40,7 +37,8 @@ def lay_out(low: Array, w: Adapted) -> Correction:
         part = low[:, piece * WIDTH : (piece + 1) * WIDTH]
         to[:T, : part.shape[1]] = part
     up = np.pad(w.up.T, ((0, 0), (0, -O % WIDTH))) if O % WIDTH else w.up.T
-    return Correction(packed, np.ascontiguousarray(up), NO_GAIN if w.gain is None else w.gain)
+    gain = np.empty(0) if w.gain is None else w.gain
+    return Correction(packed, np.ascontiguousarray(up, np.float32), gain)
 
 
 @compiled
@@ -60,9 +58,9 @@ def sum_correction(correction, row, rows, column, width):
             low, to = pointer(correction.low[piece], (row + i) * WIDTH), pointer(sums, i * width)
             for at in range(0, min(width, O - column), COLUMNS * LANES):
                 if height == 1:
-                    mix_tile(low, up, O, O, 0, count, to, width, at, 1, COLUMNS)
+                    mix_tile(low, up, O, O - column, 0, count, to, width, at, 1, COLUMNS)
                 else:
-                    mix_tile(low, up, O, O, 0, count, to, width, at, TALL, COLUMNS)
+                    mix_tile(low, up, O, O - column, 0, count, to, width, at, TALL, COLUMNS)
     return sums
 
 

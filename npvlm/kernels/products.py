@@ -78,6 +78,8 @@ def embed(ids: Index, table: Weight, scale: float, dtype: DTypeLike) -> Array:
         return ops.embed(ids, table, scale, dtype)
     x = ops.embed(ids, table.base, scale, dtype)
     x += linear(table.up[ids] * (scale * table.scale), table.down.T)
+    if table.gain is not None:
+        x *= table.gain[ids, None]
     return x
 
 

@@ -255,9 +255,10 @@ def mix_tile(
     rows: Any,
     columns: Any,
 ) -> Any:
-    """Add values, weighed by attention, to sums [rows, size]: from `at`, LANES x columns of them.
+    """Add weighed values to sums [rows, size]: from `at`, LANES x columns of them.
 
-    They are summed up before they are added: one sum over all the keys would round more.
+    Attention weighs those of keys, a low-rank correction the rows of its second factor. They are
+    summed up before they are added: one sum over all of them would round more.
 
     weights points to [rows, WIDTH] float32, of which entries begin to end are taken in order, v to
     the values of entry 0, `length` of them; those of the next lie `stride` further. Lanes beyond

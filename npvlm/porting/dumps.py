@@ -104,6 +104,13 @@ def check_place(path: Path, compact: bool) -> None:
             f"{path.with_suffix('.json')} is there already, of something else than {path.name}; "
             "name another file, as the manifest would take its place."
         )
+    elif path.exists() and not _is_manifest(path.with_suffix(".json")):
+        raise UsageError(f"{path} is there already, and no trace; name another file.")
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether a file is there that looks like the manifest of a trace."""
+    return path.is_file() and b'"stages": [' in path.read_bytes()
 
 
 def save_trace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -66,14 +66,15 @@ def open_records(
     NpvlmError
         Where it cannot be read or written.
     """
-    if output.exists() and not output.is_file():
-        raise NpvlmError(f"{output} is no regular file, expected a place for one.")
-    if is_parquet(output) and output.exists():
-        if not resume:
-            raise _holds_records(output)
+    path = while_running(output, resume)
+    for place in (output, path):
+        if place.exists() and not place.is_file():
+            raise NpvlmError(f"{place} is no regular file, expected a place for one.")
+    if is_table(output):
         yield Records(output, None, *_check_table(output, expected))
+        _remove_lines_of(path, expected)
         return
-    path = while_running(output)
+    is_new = not path.exists()
     with said(path, "name another place"):
         file = path.open("a+b", buffering=0)
     with file:
@@ -83,7 +84,13 @@ def open_records(
                 raise _holds_records(path)
             kept, errors, size = _check(path, expected)
             file.truncate(size)
-        yield Records(path, file, kept, errors)
+        records = Records(path, file, kept, errors)
+        try:
+            yield records
+        except (NpvlmError, UsageError):
+            if is_new and records.kept == 0:  # what stopped it came before any record
+                path.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -96,27 +103,46 @@ def said(path: Path, advice: str) -> Iterator[None]:
         raise NpvlmError(f"{path}: cannot be written ({reason}); {advice}.") from error
 
 
-def while_running(output: Path) -> Path:
+def while_running(output: Path, resume: bool) -> Path:
     """Where records are until all are there: lines, beside a table, which has to be written whole.
 
     Raises
     ------
+    UsageError
+        For a table that is there already, unless `resume` is asked for.
     NpvlmError
         For a table, where there is nothing to write one with.
     """
     if not is_parquet(output):
         return output
     need_pyarrow()
+    if is_table(output) and not resume:
+        raise _holds_records(output)
     return output.with_name(f"{output.name}.jsonl")
 
 
+def is_table(output: Path) -> bool:
+    """Whether the records are in a table already, which is whole."""
+    return is_parquet(output) and output.is_file() and output.stat().st_size > 0
+
+
 def write_whole(running: Path, output: Path) -> None:
-    """Make the table of a run that is complete, if it is not there, and remove its lines."""
+    """Make the table of a run that is complete, and remove its lines.
+
+    Raises
+    ------
+    UsageError
+        Where something has come to be there meanwhile; the lines stay.
+    """
     if running == output:
         return
-    if not output.exists():
-        write_parquet(read_records(running), read_records(running), output)
-    running.unlink(missing_ok=True)
+    if is_table(output):
+        raise UsageError(
+            f"{output} has come to be there meanwhile, so the records are left in {running}; move "
+            f"{output}, and --resume."
+        )
+    write_parquet(read_records(running), read_records(running), output)
+    running.unlink()
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -159,12 +185,14 @@ def _check_table(path: Path, expected: Sequence[tuple[Record, Record]]) -> tuple
     """Count the records of a table, which has to hold all, and those with an error."""
     kept = errors = 0
     for kept, record in enumerate(read_rows(path), 1):
+        if "index" not in record:
+            raise UsageError(f"{path} has no records of a batch in it; name another file.")
         if kept > len(expected):
             break
         (always, answered), failed = expected[kept - 1], "error" in record
         asked = always if failed else {**always, **answered}
         stored = {key: in_table(value, record.get(key)) for key, value in asked.items()}
-        _compare(record, stored, f"{path} row {kept}")
+        _compare(record, stored, f"{path} row {kept - 1}")
         errors += failed
     if kept != len(expected):
         raise UsageError(
@@ -172,6 +200,13 @@ def _check_table(path: Path, expected: Sequence[tuple[Record, Record]]) -> tuple
             f"{len(expected)}; is the input another one?"
         )
     return kept, errors
+
+
+def _remove_lines_of(path: Path, expected: Sequence[tuple[Record, Record]]) -> None:
+    """Remove the lines of a table that is whole, which a kill may have left; others stay."""
+    with suppress(UsageError, OSError):
+        if path.is_file() and _check(path, expected)[0] == len(expected) > 0:
+            path.unlink()
 
 
 def _check_torn(line: bytes, expected: Record, where: str) -> None:
@@ -211,5 +246,8 @@ def _compare(record: Record, expected: Record, where: str) -> None:
 
 def _short(value: Any) -> str:
     """A value as JSON, cut where it is long."""
-    text = json_line({"": value}).removeprefix('{"": ').removesuffix("}")
+    try:
+        text = json_line({"": value}).removeprefix('{"": ').removesuffix("}")
+    except (TypeError, ValueError):  # a table may hold anything
+        text = str(value)
     return text if len(text) <= 60 else f"{text[:59]}…"

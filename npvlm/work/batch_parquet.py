@@ -129,15 +129,25 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     need_pyarrow()
     with _opened(path) as file:
         for batch in file.iter_batches(batch_size=_ROWS_WRITTEN):
-            for values in batch.to_pylist():
-                yield {key: value for key, value in values.items() if value is not None}
+            yield from map(_without_nulls, batch.to_pylist())
 
 
 def in_table(value: Any, found: Any) -> Any:
     """What a value has become in a table: JSON, where its column had to be text, as `found` is."""
     stored = _storable(value)
-    is_text = isinstance(found, str) and not isinstance(stored, str)
-    return _as_json(stored) if is_text else stored
+    if isinstance(found, str) and not isinstance(stored, str):
+        return _as_json(stored)
+    bare = _without_nulls(stored)
+    return None if found is None and bare == {} else bare
+
+
+def _without_nulls(value: Any) -> Any:
+    """The same without fields that are null: in a table every struct has the fields of all."""
+    if isinstance(value, list):
+        return [_without_nulls(inside) for inside in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(inside) for key, inside in value.items() if inside is not None}
+    return value
 
 
 def _schema_of(records: Iterable[Mapping[str, Any]]) -> pyarrow.Schema:
@@ -149,7 +159,19 @@ def _schema_of(records: Iterable[Mapping[str, Any]]) -> pyarrow.Schema:
         for name in dict.fromkeys(key for record in some for key in record):
             kind = _type_of([record.get(name) for record in some])
             types[name] = _joined(types.get(name, pa.null()), kind)
-    return pa.schema(list(types.items()))
+    return pa.schema([(n, t if _has_fields(t) else pa.string()) for n, t in types.items()])
+
+
+def _has_fields(kind: pyarrow.DataType) -> bool:
+    """Whether all structs in a type have fields; Parquet stores no others."""
+    from pyarrow import types
+
+    if types.is_list(kind):
+        return _has_fields(kind.value_type)
+    if not types.is_struct(kind):
+        return True
+    fields = [kind.field(i).type for i in range(kind.num_fields)]
+    return bool(fields) and all(map(_has_fields, fields))
 
 
 def _type_of(values: list[Any]) -> pyarrow.DataType:

@@ -38,6 +38,8 @@ def check_places(
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent} is no folder; make it first.")
     _check_apart(output, inputs, items)
+    if output.suffix.lower() in (".csv", ".tsv"):
+        raise UsageError(f"{output}: records are JSON, a line each; name a .jsonl, or a .parquet.")
     if output.suffix.lower() in picture_suffixes():
         for folder in _folders(inputs):
             if resolved(output).is_relative_to(folder):

@@ -17,6 +17,7 @@ from npvlm.config import FORMAT_VERSION, PACKED, Values, parse_config
 from npvlm.errors import NpvlmError, UsageError
 from npvlm.files.adapters import open_adapter
 from npvlm.files.checkpoint import INDEX, open_checkpoint
+from npvlm.files.names import POSITIONS
 from npvlm.files.output import check_new, check_room, new_folder, place_of
 from npvlm.files.packed import Rows, blocks_of, packing, part_tensors, parts_of
 from npvlm.files.writer import Tensor, shard, shard_index, tensor_file
@@ -72,6 +73,11 @@ def convert(
     weights = source.weights
     if adapter is not None:
         opened = open_adapter(adapter.expanduser())
+        if image_size is not None and POSITIONS in opened.corrections:
+            raise UsageError(
+                f"{adapter} changes the table of positions, which --image-size resamples; merge it "
+                "first, without --image-size, and convert what that makes."
+            )
         if note := opened.other_base(str(model), place):
             say(note)
         # Rows of a source are had as those of any weight, which is all that an adapter asks for.

@@ -19,6 +19,7 @@ from npvlm.errors import NpvlmError
 from npvlm.files.output import check_room, new_file, place_of
 from npvlm.files.writer import Stack
 
+FORMAT = "npvlm-features"
 _OTHERWISE = "name fewer pictures or layers, or a place on another disk."
 
 
@@ -55,7 +56,7 @@ def save_features(
     kept: list[str] = []
 
     def metadata(names: Sequence[str]) -> dict[str, str]:
-        about = {"format": "npvlm-features", "model": model.called, "precision": model.precision}
+        about = {"format": FORMAT, "model": model.called, "precision": model.precision}
         about |= {"images": json.dumps(names)}
         return about if prompt is None else about | {"prompt": json.dumps(prompt)}
 

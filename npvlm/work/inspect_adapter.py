@@ -80,9 +80,10 @@ def _facts(found: AdapterInspection) -> Iterator[tuple[str, str]]:
         return
     ranks = sorted(set(found.corrected.values()))
     kind = "a DoRA" if found.dora else "a LoRA"
+    count = len(found.corrected)
     if ranks:
         said = ", ".join(map(str, ranks))
-        yield "kind", f"{kind} of rank {said}, beside {len(found.corrected)} weights"
+        yield "kind", f"{kind} of rank {said}, beside {count} weight{'s' * (count != 1)}"
     yield from (("", name) for name in grouped(dict.fromkeys(found.corrected, "")))
     if found.brought:
         yield "brings", f"{len(found.brought)} in place of the model's"
