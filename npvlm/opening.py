@@ -66,10 +66,18 @@ def find_place(model: str | Path) -> Path:
         raise NpvlmError(
             f"{model} is not on this machine; `npvlm fetch {model}` brings it ({size})."
         )
+    what = "is no model, but another file" if _is_file(folder) else "is no model"
     raise NpvlmError(
-        f"{str(model)!r} is no model; expected a bundled one ({', '.join(bundled)}), a checkpoint "
-        "folder, or one that `npvlm fetch` has brought (`npvlm models` lists those there are)."
+        f"{str(model)!r} {what}; expected a bundled one ({', '.join(bundled)}), a folder or .npz "
+        "of weights, or one that `npvlm fetch` has brought (`npvlm models` lists those there are)."
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long for a file
+        return False
 
 
 def find_folder(model: str | Path) -> Path:

@@ -433,7 +433,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         "adapter_model.bin, a pickle",
     ),
     "no tensors": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model"),
-    "no settings": (lambda f: (f / "adapter_config.json").unlink(), "is no adapter"),
+    "no settings": (
+        lambda f: (f / "adapter_config.json").unlink(),
+        "has no adapter_config.json, expected",
+    ),
     "a model": (
         lambda f: (f / "adapter_config.json").rename(f / "config.json"),
         "is a model, expected a folder with adapter_config.json",

@@ -171,8 +171,13 @@ def open_adapter(folder: Path) -> Adapter:
         found = "a file" if folder.exists() else "not there"
         raise NpvlmError(f"{folder} is {found}, expected a folder with {SETTINGS} and {TENSORS}.")
     if not (folder / SETTINGS).is_file():
-        what = "a model" if (folder / "config.json").is_file() else "no adapter"
-        raise NpvlmError(f"{folder} is {what}, expected a folder with {SETTINGS} and {TENSORS}.")
+        if (folder / "config.json").is_file():
+            what = "is a model"
+        elif (folder / TENSORS).is_file():
+            what = f"has no {SETTINGS}"
+        else:
+            what = "is no adapter"
+        raise NpvlmError(f"{folder} {what}, expected a folder with {SETTINGS} and {TENSORS}.")
     values = read_json(folder / SETTINGS)
     _check_settings(values, folder)
     if not (folder / TENSORS).exists() and (folder / PICKLE).exists():
