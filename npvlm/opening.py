@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -66,18 +67,12 @@ def find_place(model: str | Path) -> Path:
         raise NpvlmError(
             f"{model} is not on this machine; `npvlm fetch {model}` brings it ({size})."
         )
-    what = "is no model, but another file" if _is_file(folder) else "is no model"
+    is_file = os.path.isfile(folder)  # noqa: PTH113 (Path.is_file raises where a name is too long)
+    what = "is no model, but another file" if is_file else "is no model"
     raise NpvlmError(
         f"{str(model)!r} {what}; expected a bundled one ({', '.join(bundled)}), a folder or .npz "
         "of weights, or one that `npvlm fetch` has brought (`npvlm models` lists those there are)."
     )
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name too long for a file
-        return False
 
 
 def find_folder(model: str | Path) -> Path:

@@ -577,6 +577,19 @@ def test_a_last_line_that_begins_no_next_record_is_left_alone(tmp_path, torn, ke
     assert output.read_bytes() == whole + torn
 
 
+@pytest.mark.parametrize("was_there", [False, True])
+def test_an_error_before_the_first_record_leaves_what_was_there(tmp_path, was_there) -> None:
+    output = tmp_path / "out.jsonl"
+    if was_there:
+        output.touch()
+    with (
+        pytest.raises(npvlm.NpvlmError, match="no memory"),
+        open_records(output, [({"index": 0}, {})], False),
+    ):
+        raise npvlm.NpvlmError("no memory")
+    assert output.exists() is was_there
+
+
 def test_two_cannot_write_one_file(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
     output = tmp_path / "out.jsonl"

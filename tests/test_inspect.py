@@ -394,6 +394,7 @@ def test_the_command_exits_with_0_1_or_3(copied) -> None:
     for absent in (folder / "absent", folder / "config.json", ""):
         result = run("inspect", absent)
         assert (result.returncode, result.stdout) == (3, "") and "is no model" in one_line(result)
+        assert ("but another file" in one_line(result)) is (absent == folder / "config.json")
 
 
 def test_json_holds_what_the_page_says(copied) -> None:

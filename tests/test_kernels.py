@@ -94,10 +94,11 @@ def test_corrected_and_bare_weights_gate_each_other(rng) -> None:
         np.testing.assert_array_equal(kernels.gated(x, gate, wide, tap=closed), expected)
 
 
+@pytest.mark.parametrize("gain", [None, np.linspace(0.5, 1.5, 70)], ids=["lora", "dora"])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-def test_rows_of_a_corrected_table_are_its_definition_and_the_same_in_any_company(rng, kind):
+def test_rows_of_a_corrected_table_are_its_definition_and_the_same_in_any_company(rng, kind, gain):
     base, up, down = stored(numbers(rng, 70, 96), kind), numbers(rng, 70, 16), numbers(rng, 16, 96)
-    table, ids = Adapted(base, down, up, 0.3), rng.integers(0, 70, 23)
+    table, ids = Adapted(base, down, up, 0.3, gain), rng.integers(0, 70, 23)
     rows = kernels.embed(ids, table, 9.7, np.float32)
     truth = definitions.embed(ids, table, 9.7, np.float64)
     assert np.sqrt(np.mean((rows - truth) ** 2) / np.mean(truth**2)) < 2.0**-23

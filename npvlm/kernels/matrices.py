@@ -30,8 +30,8 @@ SIDE = 16  # rows of a tile register
 STEP = 64  # bytes of each
 CHUNK = 32  # steps that are summed before the sum is added to the others
 AHEAD = 512  # bytes from where a row of weights is read to where memory is asked for what follows
-NEEDED = {"amx-int8", "amx-bf16", "avx512bf16", "avx512vnni"}  # the last two where rows are few
-UNIT = features() >= NEEDED and sys.platform == "linux"
+_NEEDED = {"amx-int8", "amx-bf16", "avx512bf16", "avx512vnni"}  # the last two: to pack inputs so
+UNIT = features() >= _NEEDED and sys.platform == "linux"
 
 _REQUEST, _STATE = 0x1023, 18  # of arch_prctl: leave to use a part of the registers; which one
 _SYSTEM_CALL = 158
